@@ -1,0 +1,255 @@
+"""Every knob of a run, once, typed; and recipes that set them.
+
+A recipe is a Python file with `get_config(**overrides) -> Config`. Overrides
+ride on its path: `configs/quickstart.py:seed=1,fraction=1e-3`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import pathlib
+import runpy
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import optax
+
+if TYPE_CHECKING:
+  from jax_rlvr.policy import PolicyConfig
+  from jax_rlvr.records import Completion, Prompt
+  from jax_rlvr.tokenizer import Tokenizer
+
+
+class ConfigError(ValueError):
+  """Bad configuration or input: one line that names thing and remedy."""
+
+
+class Task(Protocol):
+  """Verifiable prompts: a frozen dataclass whose fields are JSON values.
+
+  Optional methods: `traces(split) -> Sequence[Trace]` for warm-up, and
+  `extract(completion) -> Hashable`, the final answer that votes in maj@k.
+  """
+
+  @property
+  def name(self) -> str: ...
+
+  def prompts(self, split: str) -> Sequence[Prompt]: ...
+
+  def reward(self, prompt: Prompt, completion: Completion) -> float | None: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WarmUp:
+  """Supervised cold start on the traces of the tasks that have them.
+
+  Attributes:
+    steps: weight updates.
+    batch_size: traces per update.
+    optimizer: optax transformation, its schedule included.
+    checkpoint_every: updates between checkpoints.
+  """
+
+  steps: int
+  batch_size: int
+  optimizer: optax.GradientTransformation
+  checkpoint_every: int = 500
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """A run. All counts are global: over all devices and hosts.
+
+  Attributes:
+    policy: a shape starts from random weights; a path (a GGUF file) starts from
+      those weights and brings its tokenizer.
+    tokenizer: needed where the policy is a shape.
+    tasks: trained on, their 'train' splits mixed by size.
+    eval_tasks: evaluated, their 'test' splits; `tasks` if empty.
+    advantage: (rewards, valid, lengths) [P, G] → advantages [P, G].
+    filters: token-space optax chain, ended by an aggregation.
+    optimizer: weight-space optax chain, its clip and schedule included.
+    steps: batches of prompts to train on.
+    seed: of everything random.
+    prompts_per_step: P.
+    group_size: G, completions per prompt.
+    inner_steps: weight updates per batch; divides prompts_per_step.
+    microbatch_tokens: tokens, padding included, through one vjp.
+    max_prompt_tokens: longer prompts are refused before the run.
+    max_completion_tokens: completions are cut there, the end token included.
+    temperature: of rollouts and of the log-probabilities trained on, > 0.
+    slots: sequences decoded at one time.
+    warm_up: supervised stage before the first step, or None.
+    eval_every: steps between evaluations; one always comes first and last.
+    eval_prompts: prompts per task and evaluation; the split's first ones.
+    eval_samples: completions per evaluation prompt.
+    eval_temperature: 0 for argmax.
+    checkpoint_every: steps between checkpoints; one always comes last.
+    keep_checkpoints: newest ones kept.
+    scorers: worker processes that run rewards.
+    reward_deadline_s: seconds an answer may take before its worker is killed.
+    slices, fsdp, tensor: mesh axes; fsdp = −1 takes the devices left over.
+  """
+
+  policy: PolicyConfig | str | pathlib.Path
+  tokenizer: Tokenizer | None = None
+  tasks: Sequence[Task]
+  eval_tasks: Sequence[Task] = ()
+  advantage: Callable[..., Any]
+  filters: optax.GradientTransformation
+  optimizer: optax.GradientTransformation
+  steps: int
+  seed: int = 0
+  prompts_per_step: int
+  group_size: int = 8
+  inner_steps: int = 1
+  microbatch_tokens: int = 65_536
+  max_prompt_tokens: int
+  max_completion_tokens: int
+  temperature: float = 1.0
+  slots: int = 512
+  warm_up: WarmUp | None = None
+  eval_every: int = 20
+  eval_prompts: int = 256
+  eval_samples: int = 8
+  eval_temperature: float = 1.0
+  checkpoint_every: int = 20
+  keep_checkpoints: int = 3
+  scorers: int = 1
+  reward_deadline_s: float = 10.0
+  slices: int = 1
+  fsdp: int = -1
+  tensor: int = 1
+
+  def __post_init__(self):
+    for name in (
+      'prompts_per_step', 'group_size', 'inner_steps', 'microbatch_tokens',
+      'max_prompt_tokens', 'max_completion_tokens', 'slots', 'eval_every',
+      'eval_prompts', 'eval_samples', 'checkpoint_every', 'keep_checkpoints',
+      'scorers', 'slices', 'tensor',
+    ):  # fmt: skip
+      self._require(name, isinstance(getattr(self, name), int), 'an integer')
+      self._require(name, getattr(self, name) >= 1, 'at least 1')
+    self._require('steps', self.steps >= 0, '0 or more steps')
+    self._require('temperature', self.temperature > 0, 'above 0')
+    self._require('eval_temperature', self.eval_temperature >= 0, '0 or more')
+    self._require('reward_deadline_s', self.reward_deadline_s > 0, 'above 0 s')
+    self._require(
+      'inner_steps',
+      self.prompts_per_step % self.inner_steps == 0,
+      f'a divisor of prompts_per_step={self.prompts_per_step}: inner batches '
+      'are whole prompts',
+    )
+    self._require(
+      'microbatch_tokens',
+      self.microbatch_tokens >= self.row_tokens,
+      f'at least one row of {self.row_tokens} tokens (max_prompt_tokens + '
+      'max_completion_tokens)',
+    )
+    self._require('tasks', len(self.tasks) > 0, 'at least one task')
+    needs_tokenizer = not isinstance(self.policy, str | pathlib.Path)
+    if needs_tokenizer and self.tokenizer is None:
+      raise ConfigError(
+        'tokenizer=None with a policy of random weights; give a tokenizer'
+      )
+
+  def _require(self, name: str, holds: bool, what: str) -> None:
+    if not holds:
+      raise ConfigError(f'{name}={getattr(self, name)!r} must be {what}')
+
+  @property
+  def tasks_scored(self) -> list[Task]:
+    """All tasks whose rewards are asked for, each once."""
+    return list(dict.fromkeys([*self.tasks, *self.eval_tasks]))
+
+  @property
+  def row_tokens(self) -> int:
+    """T: tokens of a padded row."""
+    return self.max_prompt_tokens + self.max_completion_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+  """A config with where it came from: what a run directory records."""
+
+  config: Config
+  name: str
+  source: str
+  overrides: Mapping[str, Any]
+
+
+def load(spec: str) -> Recipe:
+  """Loads `path/to/recipe.py[:key=value,…]`.
+
+  A path that does not exist is looked for among the recipes that ship with the
+  package. Values are Python literals; bare words are strings. Keys are those
+  of the recipe's get_config and, where that takes **overrides, of Config.
+
+  Raises:
+    ConfigError: no such recipe or key, or a value out of range.
+  """
+  path, _, given = spec.partition(':')
+  file = _find(path)
+  overrides = _parse(given)
+  get_config = runpy.run_path(str(file)).get('get_config')
+  if get_config is None:
+    raise ConfigError(f'{file} defines no get_config(); a recipe must')
+  _check_keys(get_config, overrides, file)
+  return Recipe(
+    config=get_config(**overrides),
+    name=file.name,
+    source=file.read_text(),
+    overrides=overrides,
+  )
+
+
+def _find(path: str) -> pathlib.Path:
+  here = pathlib.Path(__file__).parent
+  # In a wheel the recipes lie inside the package, in a checkout beside it.
+  shipped = [here / 'configs', here.parent / 'configs']
+  name = pathlib.Path(path).name
+  for file in [pathlib.Path(path), *(folder / name for folder in shipped)]:
+    if file.is_file():
+      return file
+  known = {f.name for folder in shipped for f in folder.glob('*.py')}
+  raise ConfigError(
+    f'no config file {path!r}{_did_you_mean(name, known, "configs/")}'
+  )
+
+
+def _parse(given: str) -> dict[str, Any]:
+  try:
+    call = ast.parse(f'f({given})', mode='eval').body
+    assert isinstance(call, ast.Call) and not call.args
+    return {
+      str(keyword.arg): keyword.value.id
+      if isinstance(keyword.value, ast.Name)
+      else ast.literal_eval(keyword.value)
+      for keyword in call.keywords
+    }
+  except (SyntaxError, ValueError, AssertionError):
+    raise ConfigError(
+      f'overrides {given!r} are not key=value,key=value with Python literals'
+    ) from None
+
+
+def _check_keys(get_config, overrides, file) -> None:
+  parameters = inspect.signature(get_config).parameters.values()
+  known = {p.name for p in parameters if p.kind != p.VAR_KEYWORD}
+  if any(p.kind == p.VAR_KEYWORD for p in parameters):
+    known |= {field.name for field in dataclasses.fields(Config)}
+  for key in overrides:
+    if key not in known:
+      raise ConfigError(
+        f'{file} has no key {key!r}{_did_you_mean(key, known)}'
+      )
+
+
+def _did_you_mean(name: str, known, prefix: str = '') -> str:
+  close = difflib.get_close_matches(name, sorted(known), n=1)
+  if close:
+    return f'; did you mean {prefix}{close[0]}?'
+  return '; known: ' + ', '.join(prefix + k for k in sorted(known))

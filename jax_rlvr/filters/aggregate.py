@@ -1,0 +1,64 @@
+"""Aggregations: how a batch's tokens become one loss. They end a chain.
+
+Named as verl and TRL name them. Rows without completion tokens count nowhere.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jax_rlvr import masked
+from jax_rlvr.filters.base import Filter, scale, stateless
+
+
+def token_mean() -> Filter:
+  """Every completion token of the batch weighs the same: Σ / N.
+
+  Reads: mask. Writes: both leaves. Kind: aggregation; no neutral setting.
+
+  >>> filters = optax.chain(clip_ratio(), token_mean())
+  """
+
+  def body(grads, stats, tokens, key):
+    del stats, key
+    return scale(grads, 1.0 / jnp.maximum(masked.count(tokens.mask), 1))
+
+  return stateless(body)
+
+
+def sequence_mean_token_mean() -> Filter:
+  """Every sequence weighs the same, whatever its length: GRPO as published.
+
+  Reads: mask. Writes: both leaves. Kind: aggregation; no neutral setting.
+
+  >>> filters = optax.chain(clip_ratio(), sequence_mean_token_mean())
+  """
+
+  def body(grads, stats, tokens, key):
+    del stats, key
+    length = jnp.maximum(jnp.sum(tokens.mask, -1, keepdims=True), 1)
+    return scale(grads, 1.0 / (length * _rows(tokens)))
+
+  return stateless(body)
+
+
+def sequence_mean_token_sum(length=1.0) -> Filter:
+  """Mean over sequences of token sums over a constant: Dr. GRPO.
+
+  Args:
+    length: the constant, tokens: the completion budget, or 1 for plain sums.
+
+  Reads: mask. Writes: both leaves. Kind: aggregation; no neutral setting.
+
+  >>> filters = optax.chain(clip_ratio(), sequence_mean_token_sum(1024))
+  """
+
+  def body(grads, stats, tokens, key):
+    del stats, key
+    return scale(grads, 1.0 / (length * _rows(tokens)))
+
+  return stateless(body)
+
+
+def _rows(tokens):
+  return jnp.maximum(masked.rows(tokens.mask), 1)

@@ -1,0 +1,97 @@
+"""Devices and where arrays lie on them: one table a layout.
+
+Axes: `slice` (over the data-centre network), `fsdp` (rows of a batch; also
+parameters, in training), `tensor` (heads, feed-forward and vocabulary). Model
+code and filters never name an axis.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Table = tuple[tuple[str, P], ...]
+
+# First match wins. Blocks lead with the layer axis, which is never cut.
+TRAINING: Table = (
+  (r'embed', P('tensor', 'fsdp')),
+  (r'head', P('fsdp', 'tensor')),
+  (r'blocks/(query|key|value)', P(None, 'fsdp', 'tensor')),
+  (r'blocks/output', P(None, 'tensor', None, 'fsdp')),
+  (r'blocks/(gate|up)', P(None, 'fsdp', 'tensor')),
+  (r'blocks/down', P(None, 'tensor', 'fsdp')),
+  (r'(blocks/.*)?norm', P()),
+)
+SAMPLING: Table = tuple(
+  (pattern, P(*(None if axis == 'fsdp' else axis for axis in spec)))
+  for pattern, spec in TRAINING
+)
+ROWS = P(('slice', 'fsdp'))
+
+
+def make(*, slices: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
+  """The mesh of all devices; fsdp = −1 takes what the others leave.
+
+  Raises:
+    ValueError: the product is not the number of devices.
+  """
+  devices = jax.device_count()
+  if fsdp == -1:
+    fsdp = max(devices // (slices * tensor), 1)
+  if slices * fsdp * tensor != devices:
+    raise ValueError(
+      f'mesh {slices} × {fsdp} × {tensor} (slice × fsdp × tensor) is not the '
+      f'{devices} devices here; fsdp=-1 takes what the others leave'
+    )
+  return jax.make_mesh(
+    (slices, fsdp, tensor),
+    ('slice', 'fsdp', 'tensor'),
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+  )
+
+
+def shardings(mesh: Mesh, tree: Any, table: Table) -> Any:
+  """The sharding of every array of a parameter tree.
+
+  A dimension that its axis does not divide is replicated.
+
+  Raises:
+    ValueError: no pattern matches an array's path.
+  """
+
+  def one(path, leaf):
+    name = '/'.join(str(getattr(k, 'key', k)) for k in path)
+    for pattern, spec in table:
+      if re.fullmatch(pattern, name):
+        return NamedSharding(mesh, _fitting(mesh, spec, leaf.shape))
+    raise ValueError(f'no rule of the sharding table matches {name!r}')
+
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _fitting(mesh, spec, shape):
+  fits = (
+    axis if axis and size % mesh.shape[axis] == 0 else None
+    for axis, size in zip(spec, shape, strict=False)
+  )
+  return P(*fits)
+
+
+def place(mesh: Mesh, params: Any, table: Table) -> Any:
+  """Parameters laid out by a table; no copy where they already lie so."""
+  return jax.device_put(params, shardings(mesh, params, table))
+
+
+def place_rows(mesh: Mesh, tree: Any) -> Any:
+  """Host arrays with a leading row axis, cut over the data axes."""
+  return jax.device_put(tree, NamedSharding(mesh, ROWS))
+
+
+def row_shards(mesh: Mesh) -> int:
+  """In how many parts a leading row axis is cut; row counts divide by it."""
+  return int(np.prod([mesh.shape[axis] for axis in ('slice', 'fsdp')]))

@@ -1,0 +1,80 @@
+"""Scalars of each step: from the device to disk and console."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.progress
+
+
+class Rows:
+  """A JSONL file with one object a step."""
+
+  def __init__(self, file: pathlib.Path, keep_to: int):
+    """Opens the file to append, and cuts the rows of steps after `keep_to`.
+
+    A resumed run writes those again. The cut file replaces the old one whole.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+      kept = [row for row in read(file) if row['step'] <= keep_to]
+      new = file.with_suffix('.new')
+      new.write_text(''.join(json.dumps(row) + '\n' for row in kept))
+      new.replace(file)
+    self._file = file.open('a')
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    self._file.write(json.dumps(row) + '\n')
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
+
+
+def read(file: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of a JSONL file; a last line that was cut off is left out."""
+  rows = []
+  for line in file.read_text().splitlines():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+def reduce(measured: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+  """One number per name from the dicts of a step's inner steps.
+
+  `…/max` takes the maximum and `…/skipped` the sum; all others the mean.
+  """
+  measured = [
+    {name: np.asarray(x) for name, x in scalars.items()} for scalars in measured
+  ]
+  return {
+    name: float(_how(name)([scalars[name] for scalars in measured]))
+    for name in (measured[0] if measured else ())
+  }
+
+
+def _how(name: str):
+  if name.endswith('/max'):
+    return np.max
+  return np.sum if name.endswith('/skipped') else np.mean
+
+
+def progress(console: rich.console.Console) -> rich.progress.Progress:
+  """A progress bar with ETA; tasks carry a `note` to show behind it."""
+  return rich.progress.Progress(
+    rich.progress.TextColumn('{task.description}'),
+    rich.progress.BarColumn(),
+    rich.progress.MofNCompleteColumn(),
+    rich.progress.TimeElapsedColumn(),
+    rich.progress.TimeRemainingColumn(),
+    rich.progress.TextColumn('{task.fields[note]}'),
+    console=console,
+  )

@@ -1,0 +1,12 @@
+"""The policy: its shape, its forward pass, and weights from elsewhere."""
+
+from jax_rlvr.policy.config import PolicyConfig as PolicyConfig
+from jax_rlvr.policy.decoder import abstract_params as abstract_params
+from jax_rlvr.policy.decoder import forward as forward
+from jax_rlvr.policy.decoder import head as head
+from jax_rlvr.policy.decoder import init as init
+from jax_rlvr.policy.decoder import logits as logits
+from jax_rlvr.policy.decoding import decode as decode
+from jax_rlvr.policy.decoding import prefill as prefill
+from jax_rlvr.policy.decoding import unstack as unstack
+from jax_rlvr.policy.weights import load as load

@@ -1,0 +1,86 @@
+"""Token gradients: where every chain of filters starts and how it is run.
+
+All of the policy gradient reaches the weights through per-token statistics, so
+dL/dparams = vjp(token_stats)(dL/dstats). A chain of filters is an optax
+transformation of dL/dstats: `params` are the stats, `updates` the token
+gradients, `tokens` and `key` the extra arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_rlvr.records import Tokens, TokenStats
+
+
+def log_ratio(stats: TokenStats, tokens: Tokens) -> jax.Array:
+  """logprob − old_logprob on the mask, 0 outside it."""
+  return jnp.where(tokens.mask, stats.logprob - tokens.old_logprob, 0.0)
+
+
+def policy_gradient(stats: TokenStats, tokens: Tokens) -> TokenStats:
+  """d/dstats of the loss −Σ ratio · advantage over the mask.
+
+  As with verl's clamp, the gradient is 0 where |log ratio| > 20.
+  """
+  x = log_ratio(stats, tokens)
+  alive = tokens.mask & (jnp.abs(x) <= 20.0)
+  # Masked before exp: inf · 0 would be NaN.
+  ratio = jnp.exp(jnp.where(alive, x, 0.0))
+  gradient = jnp.where(alive, -ratio * tokens.advantage, 0.0)
+  silent = None if stats.entropy is None else jnp.zeros_like(stats.entropy)
+  return TokenStats(gradient, silent)
+
+
+def token_gradients(
+  filters: optax.GradientTransformation,
+  stats: TokenStats,
+  tokens: Tokens,
+  *,
+  key: jax.Array | None = None,
+  state: Any = None,
+) -> tuple[TokenStats, Any]:
+  """Runs a chain of filters over the whole batch.
+
+  Args:
+    filters: optax transformation over TokenStats, ended by an aggregation.
+    stats: of the current policy, float32 [B, T].
+    tokens: the evidence.
+    key: for filters that draw; needed only if one does.
+    state: of the chain; a fresh one if None.
+
+  Returns:
+    dL/dstats, 0 outside the mask, and the chain's next state.
+  """
+  stats = jax.lax.stop_gradient(stats)
+  if state is None:
+    state = filters.init(stats)
+  chain = optax.with_extra_args_support(filters)
+  grads = policy_gradient(stats, tokens)
+  return chain.update(grads, state, stats, tokens=tokens, key=key)
+
+
+def as_loss(filters: optax.GradientTransformation):
+  """The chain as a loss, for a trainer of one's own.
+
+  Returns `loss(stats, tokens, key=None, state=None) -> (scalar, state)` whose
+  gradient with respect to the stats is the chain's; its value means nothing
+  beyond that.
+  """
+
+  def loss(stats, tokens, key=None, state=None):
+    grads, state = token_gradients(
+      filters, stats, tokens, key=key, state=state
+    )
+    fixed = jax.lax.stop_gradient(grads)
+    # −inf logprobs carry gradient 0 or are masked; 0 · inf must not poison.
+    parts = jax.tree.map(
+      lambda g, x: jnp.sum(jnp.where(g == 0, 0.0, g * x)), fixed, stats
+    )
+    return sum(jax.tree.leaves(parts)), state
+
+  return loss

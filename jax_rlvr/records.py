@@ -1,0 +1,171 @@
+"""The nouns that flow down the line, each documented once.
+
+Axes: `P` prompts, `G` completions per prompt, `B = P * G` sequences, `T` tokens
+of prompt + completion, `V` vocabulary, `L` layers, `N`/`K` query/key heads, `H`
+head size, `D` model width, `F` feed-forward width.
+
+Alignment: index t of every [B, T] array speaks of the token AT t, so
+`logprob[t] = log p(token[t] | token[<t])` and `mask[0]` is False. Completion
+tokens include the end token.
+
+Host records are frozen dataclasses; device records are NamedTuples, hence
+pytrees. This module imports jax for types only: reward workers import it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+  import numpy as np
+  from jaxtyping import Array, Bool, Float, Int, UInt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+  """What the policy is asked, and what a verifier needs to know.
+
+  Attributes:
+    messages: the conversation so far, each `{'role': …, 'content': …}`.
+      Tokenizers with a chat template render it; others join the contents.
+    answer: the reference answer a reward compares with.
+    task: name of the task that asks; rewards and metrics are routed by it.
+    id: stable name of the prompt within its task.
+  """
+
+  messages: tuple[Mapping[str, str], ...]
+  answer: str
+  task: str = ''
+  id: str = ''
+
+  @property
+  def text(self) -> str:
+    """The contents of all messages, joined."""
+    return ''.join(message['content'] for message in self.messages)
+
+
+def user(text: str) -> tuple[Mapping[str, str], ...]:
+  """The conversation of one user message."""
+  return ({'role': 'user', 'content': text},)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+  """What a reward sees of a completion.
+
+  Attributes:
+    text: decoded without the end token.
+    length: completion tokens, the end token included.
+    truncated: the token limit came before an end token.
+  """
+
+  text: str
+  length: int = 0
+  truncated: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trace:
+  """A prompt with a completion to imitate: supervised warm-up learns these."""
+
+  prompt: Prompt
+  completion: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollout:
+  """One completion of one prompt with the sampler's own numbers.
+
+  Attributes:
+    prompt: what was asked.
+    prompt_ids: int32 [prompt length].
+    ids: int32 [completion length], the end token included.
+    logprob: float32 [completion length], nats, of the temperature-scaled full
+      softmax: the trainer's own quantity.
+    sampled_logprob: the same under the distribution that was drawn from.
+    entropy: float32 [completion length], nats, of the temperature-scaled
+      softmax.
+    completion: the text that rewards see.
+    reward: None where the completion could not be scored.
+  """
+
+  prompt: Prompt
+  prompt_ids: np.ndarray
+  ids: np.ndarray
+  logprob: np.ndarray
+  sampled_logprob: np.ndarray
+  entropy: np.ndarray
+  completion: Completion
+  reward: float | None = None
+
+
+class TokenStats(NamedTuple):
+  """Per-token statistics of a policy; also the shape of token gradients.
+
+  All of the policy gradient reaches the weights through these.
+
+  Attributes:
+    logprob: float32 [B, T], nats; 0 outside the mask.
+    entropy: float32 [B, T], nats; 0 outside the mask. None where not wanted.
+  """
+
+  logprob: Float[Array, 'B T']
+  entropy: Float[Array, 'B T'] | None = None
+
+
+class Tokens(NamedTuple):
+  """The evidence of a batch: all that filters and the update may read.
+
+  Attributes:
+    mask: bool [B, T], True on completion tokens. A row without any does not
+      exist for any filter, count or aggregation.
+    advantage: float32 [B, T], in units of reward.
+    old_logprob: float32 [B, T], the ratio's denominator, nats.
+    serial: uint32 [B, T], one number per token of the batch: ties and random
+      draws go by it. Array position if None.
+    sampled_logprob: float32 [B, T], of the distribution drawn from.
+    old_entropy: float32 [B, T], at rollout, nats.
+    ref_logprob: float32 [B, T], of the frozen reference policy.
+    ids: int32 [B, T], the tokens themselves, prompt first.
+    lengths: int32 [B], tokens of prompt + completion.
+  """
+
+  mask: Bool[Array, 'B T']
+  advantage: Float[Array, 'B T']
+  old_logprob: Float[Array, 'B T']
+  serial: UInt[Array, 'B T'] | None = None
+  sampled_logprob: Float[Array, 'B T'] | None = None
+  old_entropy: Float[Array, 'B T'] | None = None
+  ref_logprob: Float[Array, 'B T'] | None = None
+  ids: Int[Array, 'B T'] | None = None
+  lengths: Int[Array, ' B'] | None = None
+
+
+class TrainState(NamedTuple):
+  """All that training changes; what a checkpoint holds.
+
+  Attributes:
+    step: int32 scalar, batches of prompts trained on.
+    cursor: int32 scalar, prompts taken from the stream.
+    params: plain nested dict of arrays.
+    optimizer: state of the weight-space optax chain.
+    filters: state of the token-space optax chain.
+  """
+
+  step: Int[Array, '']
+  cursor: Int[Array, '']
+  params: Any
+  optimizer: Any
+  filters: Any
+
+
+class Tracked(NamedTuple):
+  """State of a tracked filter: its own state and the scalars it reports.
+
+  `report` maps metric names below `filters/` to float32 scalars.
+  """
+
+  inner: Any
+  report: dict[str, Array]

@@ -1,0 +1,130 @@
+"""Supervised warm-up: a cold start on traces, before any reward.
+
+A policy that never writes the format is never right, and one that is never
+right learns nothing from rewards.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jax_rlvr import masked
+from jax_rlvr.checkpoint import Checkpoints, abstract_like
+from jax_rlvr.config import ConfigError, Task, WarmUp
+from jax_rlvr.policy import PolicyConfig
+from jax_rlvr.records import Trace, TrainState
+from jax_rlvr.token_stats import token_stats
+from jax_rlvr.tokenizer import Tokenizer
+
+
+def traces(tasks: Sequence[Task], seed: int):
+  """All traces of the tasks, shuffled and repeated: traces[i] for any i.
+
+  Raises:
+    ConfigError: no task has traces.
+  """
+  sources = [
+    grain.MapDataset.source(task.traces('train'))
+    for task in tasks
+    if hasattr(task, 'traces')
+  ]
+  if not sources:
+    raise ConfigError('warm_up is set, but none of the tasks has traces')
+  mixed = grain.MapDataset.concatenate(sources)
+  return mixed.seed(seed).shuffle().repeat()
+
+
+def rows(
+  batch: Sequence[Trace], tokenizer: Tokenizer, row_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Padded ids and completion mask, [B, T]; the end token is learnt too.
+
+  Raises:
+    ConfigError: a trace is longer than a row.
+  """
+  ids = np.zeros((len(batch), row_tokens), np.int32)
+  mask = np.zeros((len(batch), row_tokens), bool)
+  for row, trace in enumerate(batch):
+    prompt = tokenizer.render(trace.prompt.messages)
+    completion = [*tokenizer.encode(trace.completion), tokenizer.end_ids[0]]
+    stop = len(prompt) + len(completion)
+    if stop > row_tokens:
+      raise ConfigError(
+        f'trace {trace.prompt.id!r} has {stop} tokens, more than '
+        f'max_prompt_tokens + max_completion_tokens = {row_tokens}; raise them'
+      )
+    ids[row, :stop] = prompt + completion
+    mask[row, len(prompt) : stop] = True
+  return ids, mask
+
+
+def warm_up(
+  settings: WarmUp,
+  policy: PolicyConfig,
+  params: Any,
+  source: Sequence[Trace],
+  tokenizer: Tokenizer,
+  row_tokens: int,
+  place: Callable[[Any], Any],
+  checkpoints: Checkpoints,
+) -> Iterator[tuple[int, TrainState, jax.Array]]:
+  """Imitates traces, going on from the last checkpoint if there is one.
+
+  Args:
+    settings: of the stage.
+    policy: shape of the policy.
+    params: where it starts; donated.
+    source: batch i is source[i · batch_size …].
+    tokenizer: of the policy.
+    row_tokens: T.
+    place: puts host rows on the devices.
+    checkpoints: of this stage.
+
+  Yields:
+    (updates done, state, mean nats per token) after each update; the last one
+    is in a checkpoint when it is yielded.
+  """
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def step(params, opt_state, ids, mask):
+    def loss(params):
+      stats = token_stats(policy, params, ids, mask)
+      return -masked.mean(stats.logprob, mask)
+
+    nats, grads = jax.value_and_grad(loss)(params)
+    updates, opt_state = settings.optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, nats
+
+  state = TrainState(
+    step=jnp.int32(0),
+    cursor=jnp.int32(0),
+    params=params,
+    optimizer=settings.optimizer.init(params),
+    filters=optax.EmptyState(),
+  )
+  if checkpoints.steps():
+    state = checkpoints.restore(abstract_like(state))
+    if int(state.step) == settings.steps:
+      yield settings.steps, state, jnp.float32(jnp.nan)
+  for done in range(int(state.step), settings.steps):
+    first = done * settings.batch_size
+    batch = [source[i] for i in range(first, first + settings.batch_size)]
+    ids, mask = place(rows(batch, tokenizer, row_tokens))
+    params, optimizer, nats = step(state.params, state.optimizer, ids, mask)
+    state = state._replace(
+      step=jnp.int32(done + 1), params=params, optimizer=optimizer
+    )
+    last = done + 1 == settings.steps
+    if last or (done + 1) % settings.checkpoint_every == 0:
+      checkpoints.save(state)
+    if last:
+      checkpoints.wait()
+    yield done + 1, state, nats
