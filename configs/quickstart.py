@@ -47,6 +47,7 @@ def get_config(
     steps=150,
     prompts_per_step=64,
     group_size=8,
+    row_tokens=38,
     max_prompt_tokens=6,
     max_completion_tokens=4,
     eval_every=50,

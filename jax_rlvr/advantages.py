@@ -22,7 +22,7 @@ def group_norm(rewards, valid, lengths, *, eps: float = 1e-6):
   centred = group_mean(rewards, valid, lengths)
   n = valid.sum(axis=1, keepdims=True)
   variance = (centred**2).sum(axis=1, keepdims=True) / np.maximum(n - 1, 1)
-  return centred / (np.sqrt(variance) + np.float32(eps))
+  return (centred / (np.sqrt(variance) + eps)).astype(np.float32)
 
 
 def group_mean(rewards, valid, lengths):

@@ -199,7 +199,7 @@ def read_manifest(workdir: pathlib.Path) -> Manifest:
   )
 
 
-def _task_record(task: Task) -> dict[str, Any]:
+def _task_record(task: Any) -> dict[str, Any]:
   kind = type(task)
   return {
     'task': f'{kind.__module__}:{kind.__qualname__}',

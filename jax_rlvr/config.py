@@ -80,8 +80,12 @@ class Config:
     microbatch_tokens: tokens, padding included, through one vjp.
     max_prompt_tokens: longer prompts are refused before the run.
     max_completion_tokens: completions are cut there, the end token included.
+    row_tokens: of a packed row, in which the completions of a prompt share its
+      tokens; 0 is room for the longest sequence.
     temperature: of rollouts and of the log-probabilities trained on, > 0.
     slots: sequences decoded at one time.
+    remat: recompute each layer in the backward pass: a third more work, and
+      activations of one layer instead of all.
     warm_up: supervised stage before the first step, or None.
     eval_every: steps between evaluations; one always comes first and last.
     eval_prompts: prompts per task and evaluation; the split's first ones.
@@ -109,8 +113,10 @@ class Config:
   microbatch_tokens: int = 65_536
   max_prompt_tokens: int
   max_completion_tokens: int
+  row_tokens: int = 0
   temperature: float = 1.0
   slots: int = 512
+  remat: bool = True
   warm_up: WarmUp | None = None
   eval_every: int = 20
   eval_prompts: int = 256
@@ -143,18 +149,20 @@ class Config:
       f'a divisor of prompts_per_step={self.prompts_per_step}: inner batches '
       'are whole prompts',
     )
+    if self.row_tokens == 0:
+      object.__setattr__(self, 'row_tokens', self.sequence_tokens)
+    self._require(
+      'row_tokens',
+      self.row_tokens >= self.sequence_tokens,
+      f'at least {self.sequence_tokens} tokens: max_prompt_tokens + '
+      'max_completion_tokens',
+    )
     self._require(
       'microbatch_tokens',
       self.microbatch_tokens >= self.row_tokens,
-      f'at least one row of {self.row_tokens} tokens (max_prompt_tokens + '
-      'max_completion_tokens)',
+      f'at least one row of {self.row_tokens} tokens',
     )
     self._require('tasks', len(self.tasks) > 0, 'at least one task')
-    needs_tokenizer = not isinstance(self.policy, str | pathlib.Path)
-    if needs_tokenizer and self.tokenizer is None:
-      raise ConfigError(
-        'tokenizer=None with a policy of random weights; give a tokenizer'
-      )
 
   def _require(self, name: str, holds: bool, what: str) -> None:
     if not holds:
@@ -166,8 +174,8 @@ class Config:
     return list(dict.fromkeys([*self.tasks, *self.eval_tasks]))
 
   @property
-  def row_tokens(self) -> int:
-    """T: tokens of a padded row."""
+  def sequence_tokens(self) -> int:
+    """T: tokens of the longest prompt + completion."""
     return self.max_prompt_tokens + self.max_completion_tokens
 
 
@@ -243,9 +251,7 @@ def _check_keys(get_config, overrides, file) -> None:
     known |= {field.name for field in dataclasses.fields(Config)}
   for key in overrides:
     if key not in known:
-      raise ConfigError(
-        f'{file} has no key {key!r}{_did_you_mean(key, known)}'
-      )
+      raise ConfigError(f'{file} has no key {key!r}{_did_you_mean(key, known)}')
 
 
 def _did_you_mean(name: str, known, prefix: str = '') -> str:

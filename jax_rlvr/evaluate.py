@@ -1,6 +1,8 @@
-"""avg@k, unbiased pass@k and maj@k of a policy on held-out prompts.
+r"""avg@k, unbiased pass@k and maj@k of a policy on held-out prompts.
 
-`python -m jax_rlvr.evaluate --workdir runs/quickstart --samples 8 --json out.json`
+  python -m jax_rlvr.evaluate --workdir runs/quickstart --samples 8 \
+    --json out.json
+
 restores a run's checkpoint by its manifest alone: the recipe is not executed.
 """
 
@@ -73,9 +75,7 @@ def metrics(
   A completion is right where its reward is 1 or more; an unscorable one is
   wrong.
   """
-  groups = [
-    rollouts[i : i + samples] for i in range(0, len(rollouts), samples)
-  ]
+  groups = [rollouts[i : i + samples] for i in range(0, len(rollouts), samples)]
   right = [sum(is_right(r) for r in group) for group in groups]
   powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
   return {
@@ -140,16 +140,16 @@ def table(measured: dict[str, float]) -> rich.table.Table:
   columns = list(dict.fromkeys(m for row in tasks.values() for m in row))
   out = rich.table.Table('task', *columns)
   for task, row in tasks.items():
-    out.add_row(
-      task, *(f'{row[m]:.3f}' if m in row else '' for m in columns)
-    )
+    out.add_row(task, *(f'{row[m]:.3f}' if m in row else '' for m in columns))
   return out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """The command; returns its exit code."""
   parser = argparse.ArgumentParser(
-    prog='python -m jax_rlvr.evaluate', description=__doc__
+    prog='python -m jax_rlvr.evaluate',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   parser.add_argument('--step', type=int, help='of the checkpoint; the latest')

@@ -112,9 +112,10 @@ def quantile(x: Float[Array, 'B T'], mask: Bool[Array, 'B T'], q):
     return _from_ordered(_kth_largest(image, mask, jnp.clip(k, 1, n)))
 
   low, high = at(below), at(jnp.ceil(rank))
-  # Where both are the same infinity their difference would be NaN.
-  step = jnp.where(high == low, 0.0, high - low)
-  return jnp.where(n > 0, low + step * (rank - below), jnp.nan)
+  # Weights, not a step from low: from −inf no step leads anywhere but to NaN.
+  weight = rank - below
+  between = jnp.where(high == low, low, low * (1.0 - weight) + high * weight)
+  return jnp.where(n > 0, between, jnp.nan)
 
 
 def _ordered(x: jax.Array) -> jax.Array:

@@ -57,9 +57,9 @@ def token_gradients(
     dL/dstats, 0 outside the mask, and the chain's next state.
   """
   stats = jax.lax.stop_gradient(stats)
+  chain: Any = optax.with_extra_args_support(filters)
   if state is None:
-    state = filters.init(stats)
-  chain = optax.with_extra_args_support(filters)
+    state = chain.init(stats)
   grads = policy_gradient(stats, tokens)
   return chain.update(grads, state, stats, tokens=tokens, key=key)
 
@@ -73,9 +73,7 @@ def as_loss(filters: optax.GradientTransformation):
   """
 
   def loss(stats, tokens, key=None, state=None):
-    grads, state = token_gradients(
-      filters, stats, tokens, key=key, state=state
-    )
+    grads, state = token_gradients(filters, stats, tokens, key=key, state=state)
     fixed = jax.lax.stop_gradient(grads)
     # −inf logprobs carry gradient 0 or are masked; 0 · inf must not poison.
     parts = jax.tree.map(

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
   import numpy as np
-  from jaxtyping import Array, Bool, Float, Int, UInt
+  from jaxtyping import Bool, Float, Int, UInt
+
+  Array = Any  # of the host or of the devices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,30 @@ class Tokens(NamedTuple):
   lengths: Int[Array, ' B'] | None = None
 
 
+class Rows(NamedTuple):
+  """How tokens go through the policy: R rows of W, sequences packed in them.
+
+  Completions of one prompt that share a row share its prompt tokens there.
+
+  Attributes:
+    ids: int32 [R, W].
+    positions: int32 [R, W], place of each token in its own sequence.
+    group: int32 [R, W], one number a prompt within the row; −1 on padding.
+    segment: int32 [R, W], 0 on prompt tokens, else one number a completion: a
+      token sees its own segment's past and its group's prompt.
+    before: int32 [R, W], column whose hidden state scores the token.
+    place: int32 [R, W], flat index of the token in its [B, T] batch; −1 where
+      nothing is scored.
+  """
+
+  ids: Int[Array, 'R W']
+  positions: Int[Array, 'R W']
+  group: Int[Array, 'R W']
+  segment: Int[Array, 'R W']
+  before: Int[Array, 'R W']
+  place: Int[Array, 'R W']
+
+
 class TrainState(NamedTuple):
   """All that training changes; what a checkpoint holds.
 
@@ -154,8 +180,8 @@ class TrainState(NamedTuple):
     filters: state of the token-space optax chain.
   """
 
-  step: Int[Array, '']
-  cursor: Int[Array, '']
+  step: np.int32 | Int[Array, '']
+  cursor: np.int32 | Int[Array, '']
   params: Any
   optimizer: Any
   filters: Any

@@ -91,9 +91,7 @@ class Actor:
       sampled = jax.device_get(sampled)
       real = min(slab, len(prompts) - start)
       yield [
-        self._rollout(
-          prompts[start + p], encoded[start + p], sampled, (p, g)
-        )
+        self._rollout(prompts[start + p], encoded[start + p], sampled, (p, g))
         for p in range(real)
         for g in range(samples)
       ]
@@ -111,15 +109,13 @@ class Actor:
       logprob=logprob,
       sampled_logprob=sampled_logprob,
       entropy=entropy,
-      completion=Completion(
-        text=text, length=int(length), truncated=not ended
-      ),
+      completion=Completion(text=text, length=int(length), truncated=not ended),
     )
 
 
 def collect(
   state: TrainState,
-  stream: Sequence[Prompt],
+  stream: Any,
   actor: Actor,
   scorers: Scorers,
   config: Config,
@@ -129,7 +125,7 @@ def collect(
 
   Args:
     state: its params sample, its cursor says which prompts are next.
-    stream: prompts by position, without end.
+    stream: stream[i] is the prompt at position i, for any i.
     actor, scorers, config: of the run.
     on_progress: called with the number of new completion tokens.
 
@@ -234,16 +230,17 @@ def tokens(
     logprob[row, start:stop] = rollout.logprob
     sampled_logprob[row, start:stop] = rollout.sampled_logprob
     entropy[row, start:stop] = rollout.entropy
-  return Tokens(
-    mask=mask,
-    advantage=advantage,
-    old_logprob=logprob,
-    serial=np.arange(ids.size, dtype=np.uint32).reshape(shape),
-    sampled_logprob=sampled_logprob,
-    old_entropy=entropy,
-    ids=ids,
-    lengths=lengths,
-  )
+  fields: dict[str, Any] = {
+    'mask': mask,
+    'advantage': advantage,
+    'old_logprob': logprob,
+    'serial': np.arange(ids.size, dtype=np.uint32).reshape(shape),
+    'sampled_logprob': sampled_logprob,
+    'old_entropy': entropy,
+    'ids': ids,
+    'lengths': lengths,
+  }
+  return Tokens(**fields)
 
 
 def summary(rollouts: Sequence[Rollout], samples: int) -> dict[str, float]:

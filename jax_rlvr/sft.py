@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_rlvr import masked
+from jax_rlvr import masked, packing
 from jax_rlvr.checkpoint import Checkpoints, abstract_like
-from jax_rlvr.config import ConfigError, Task, WarmUp
+from jax_rlvr.config import ConfigError, WarmUp
 from jax_rlvr.policy import PolicyConfig
-from jax_rlvr.records import Trace, TrainState
+from jax_rlvr.records import Rows, Trace, TrainState
 from jax_rlvr.token_stats import token_stats
 from jax_rlvr.tokenizer import Tokenizer
 
 
-def traces(tasks: Sequence[Task], seed: int):
+def traces(tasks: Sequence[Any], seed: int) -> grain.MapDataset:
   """All traces of the tasks, shuffled and repeated: traces[i] for any i.
 
   Raises:
@@ -42,10 +42,8 @@ def traces(tasks: Sequence[Task], seed: int):
   return mixed.seed(seed).shuffle().repeat()
 
 
-def rows(
-  batch: Sequence[Trace], tokenizer: Tokenizer, row_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Padded ids and completion mask, [B, T]; the end token is learnt too.
+def rows(batch: Sequence[Trace], tokenizer: Tokenizer, row_tokens: int) -> Rows:
+  """Padded rows that score the completions; the end token is learnt too.
 
   Raises:
     ConfigError: a trace is longer than a row.
@@ -63,41 +61,41 @@ def rows(
       )
     ids[row, :stop] = prompt + completion
     mask[row, len(prompt) : stop] = True
-  return ids, mask
+  return packing.padded(ids, mask)
 
 
 def warm_up(
   settings: WarmUp,
   policy: PolicyConfig,
   params: Any,
-  source: Sequence[Trace],
+  source: Any,
   tokenizer: Tokenizer,
   row_tokens: int,
   place: Callable[[Any], Any],
   checkpoints: Checkpoints,
-) -> Iterator[tuple[int, TrainState, jax.Array]]:
+) -> Iterator[tuple[TrainState, jax.Array]]:
   """Imitates traces, going on from the last checkpoint if there is one.
 
   Args:
     settings: of the stage.
     policy: shape of the policy.
     params: where it starts; donated.
-    source: batch i is source[i · batch_size …].
+    source: source[i] is trace i, for any i; batches follow each other.
     tokenizer: of the policy.
     row_tokens: T.
     place: puts host rows on the devices.
     checkpoints: of this stage.
 
   Yields:
-    (updates done, state, mean nats per token) after each update; the last one
-    is in a checkpoint when it is yielded.
+    (state, mean nats per token) after each update; the last one is in a
+    checkpoint when it is yielded.
   """
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(params, opt_state, ids, mask):
+  def step(params, opt_state, batch):
     def loss(params):
-      stats = token_stats(policy, params, ids, mask)
-      return -masked.mean(stats.logprob, mask)
+      stats = token_stats(policy, params, batch)
+      return -masked.mean(stats.logprob, batch.place >= 0)
 
     nats, grads = jax.value_and_grad(loss)(params)
     updates, opt_state = settings.optimizer.update(grads, opt_state, params)
@@ -113,12 +111,12 @@ def warm_up(
   if checkpoints.steps():
     state = checkpoints.restore(abstract_like(state))
     if int(state.step) == settings.steps:
-      yield settings.steps, state, jnp.float32(jnp.nan)
+      yield state, jnp.float32(jnp.nan)
   for done in range(int(state.step), settings.steps):
     first = done * settings.batch_size
     batch = [source[i] for i in range(first, first + settings.batch_size)]
-    ids, mask = place(rows(batch, tokenizer, row_tokens))
-    params, optimizer, nats = step(state.params, state.optimizer, ids, mask)
+    batch = place(rows(batch, tokenizer, row_tokens))
+    params, optimizer, nats = step(state.params, state.optimizer, batch)
     state = state._replace(
       step=jnp.int32(done + 1), params=params, optimizer=optimizer
     )
@@ -127,4 +125,4 @@ def warm_up(
       checkpoints.save(state)
     if last:
       checkpoints.wait()
-    yield done + 1, state, nats
+    yield state, nats

@@ -1,8 +1,7 @@
 """(params, rows) → per-token log-probability and entropy, in chunks.
 
-The one place that shifts by one: the hidden state at t − 1 scores the token at
-t. Logits are never held for more than a chunk of tokens, forward or backward,
-and only completion tokens are projected.
+Logits are never held for more than a chunk of tokens, forward or backward, and
+only scored tokens are projected.
 """
 
 from __future__ import annotations
@@ -15,58 +14,72 @@ import jax.numpy as jnp
 
 from jax_rlvr import policy
 from jax_rlvr.policy import PolicyConfig
-from jax_rlvr.records import TokenStats
+from jax_rlvr.records import Rows, TokenStats
 
 if TYPE_CHECKING:
-  from jaxtyping import Array, Bool, Float, Int
+  from jaxtyping import Array, Bool
 
 
 def token_stats(
   config: PolicyConfig,
   params,
-  ids: Int[Array, 'B T'],
-  mask: Bool[Array, 'B T'],
+  rows: Rows,
   *,
   temperature: float = 1.0,
-  chunk_tokens: int = 1024,
+  remat: bool = True,
+  chunk_tokens: int = 256,
 ) -> TokenStats:
-  """Log-probability of each masked token and entropy of its distribution.
+  """Log-probability of each scored token and entropy of its distribution.
 
   Args:
     config: of the policy.
     params: of the policy.
-    ids: prompt and completion, padded at the end; mask[:, 0] is False.
-    mask: True on the tokens to score.
+    rows: R rows of W; tokens with place ≥ 0 are scored.
     temperature: the sampling temperature; logits are divided by it.
+    remat: recompute each layer in the backward pass instead of keeping it.
     chunk_tokens: tokens whose logits exist at one time, about.
 
   Returns:
-    float32 [B, T] each, 0 outside the mask. Differentiable in `params`.
+    float32 [R, W] each, 0 where nothing is scored. Differentiable in `params`.
   """
-  rows, length = ids.shape
-  hidden = policy.forward(config, params, ids)
-  # Each row's masked tokens first: chunks past the longest row are skipped.
-  order = jnp.argsort(~mask, axis=1, stable=True)
-  before = jnp.maximum(order - 1, 0)
-  hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
-  targets = jnp.take_along_axis(ids, order, axis=1)
-  width = min(length, max(1, chunk_tokens // rows))
-  steps = -(-length // width)
-  pad = steps * width - length
+  hidden = policy.forward(
+    config, params, rows.ids, rows.positions, _visible(rows), remat=remat
+  )
+  # Each row's scored tokens first: chunks past the fullest row are skipped.
+  scored = rows.place >= 0
+  order = jnp.argsort(~scored, axis=1, stable=True)
+
+  def in_order(x):
+    return jnp.take_along_axis(x, order, axis=1)
+
+  hidden = jnp.take_along_axis(hidden, in_order(rows.before)[..., None], axis=1)
+  count, length = rows.ids.shape
+  width = min(length, max(1, chunk_tokens // count))
+  pad = -length % width
   hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
-  targets = jnp.pad(targets, ((0, 0), (0, pad)))
-  longest = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
-  live = (longest + width - 1) // width
+  targets = jnp.pad(in_order(rows.ids), ((0, 0), (0, pad)))
+  fullest = jnp.max(jnp.sum(scored, axis=1, dtype=jnp.int32))
+  live = (fullest + width - 1) // width
   stats = _project(
     hidden, policy.head(params), targets, live, temperature, width
   )
-  # Rank of each token among its row's masked ones leads back to its place.
-  rank = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+  # Rank of each token among its row's scored ones leads back to its place.
+  rank = jnp.maximum(jnp.cumsum(scored, axis=1) - 1, 0)
 
-  def place(x):
-    return jnp.where(mask, jnp.take_along_axis(x, rank, axis=1), 0.0)
+  def back(x):
+    return jnp.where(scored, jnp.take_along_axis(x, rank, axis=1), 0.0)
 
-  return TokenStats(*map(place, stats))
+  return TokenStats(*map(back, stats))
+
+
+def _visible(rows: Rows) -> Bool[Array, 'R W W']:
+  """A token sees its own segment's past and its group's prompt."""
+  group, segment = rows.group, rows.segment
+  same_group = group[:, :, None] == group[:, None, :]
+  same_segment = segment[:, :, None] == segment[:, None, :]
+  on_prompt = segment[:, None, :] == 0
+  past = rows.positions[:, :, None] >= rows.positions[:, None, :]
+  return same_group & (same_segment | on_prompt) & past
 
 
 def _chunk(hidden, head, targets, temperature):
@@ -98,7 +111,9 @@ def _project(hidden, head, targets, live, temperature, width):
     _, *new = _chunk(
       _slice(hidden, i, width), head, _slice(targets, i, width), temperature
     )
-    return [_write(x, part, i, width) for x, part in zip(stats, new)]
+    return [
+      _write(x, part, i, width) for x, part in zip(stats, new, strict=True)
+    ]
 
   empty = jnp.zeros(targets.shape, jnp.float32)
   return tuple(jax.lax.fori_loop(0, live, step, [empty, empty]))

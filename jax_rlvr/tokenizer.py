@@ -236,9 +236,11 @@ class HuggingFace:
       extensions=['jinja2.ext.loopcontrols'],
     )
     environment.filters['tojson'] = _tojson
-    environment.globals['raise_exception'] = _raise_exception
-    environment.globals['strftime_now'] = _strftime_now
-    return environment.from_string(self.chat_template)
+    functions = {
+      'raise_exception': _raise_exception,
+      'strftime_now': _strftime_now,
+    }
+    return environment.from_string(self.chat_template, globals=functions)
 
   @property
   def vocab_size(self) -> int:
@@ -350,7 +352,8 @@ def _write(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
 
 def _tojson(value, **options):
   """Jinja's own escapes HTML and non-ASCII, which no model was trained on."""
-  return json.dumps(value, **{'ensure_ascii': False, **options})
+  options: dict = {'ensure_ascii': False} | options
+  return json.dumps(value, **options)
 
 
 def _raise_exception(message):

@@ -1,6 +1,8 @@
-"""The loop: prompts → rollouts → rewards → advantages → update.
+r"""The loop: prompts → rollouts → rewards → advantages → update.
 
-`python -m jax_rlvr.train --config configs/quickstart.py --workdir runs/quickstart`
+  python -m jax_rlvr.train --config configs/quickstart.py \
+    --workdir runs/quickstart
+
 Run it again to go on from the last checkpoint. Exit codes: 0 done; 2 bad
 configuration or input; 75 stopped by a signal and saved, run again.
 """
@@ -8,7 +10,9 @@ configuration or input; 75 stopped by a signal and saved, run again.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import pathlib
 import signal
 import sys
@@ -23,11 +27,20 @@ import numpy as np
 import rich.table
 from rich.console import Console
 
-from jax_rlvr import checkpoint, config, evaluate, metrics, policy, prng
+from jax_rlvr import (
+  checkpoint,
+  config,
+  evaluate,
+  metrics,
+  packing,
+  policy,
+  prng,
+  rollout,
+  sft,
+)
 from jax_rlvr import mesh as layouts
-from jax_rlvr import rollout, sft
 from jax_rlvr.checkpoint import Checkpoints
-from jax_rlvr.config import Config, ConfigError, Recipe
+from jax_rlvr.config import Config, ConfigError, WarmUp
 from jax_rlvr.prng import Stream
 from jax_rlvr.records import Prompt, Rollout, TokenStats, TrainState
 from jax_rlvr.scoring import Scorers
@@ -64,18 +77,22 @@ def train(
     c.filters,
     c.optimizer,
     inner_steps=c.inner_steps,
+    row_tokens=c.row_tokens,
+    rows=_rows(c, layouts.row_shards(actor.mesh)),
     microbatch_rows=c.microbatch_tokens // c.row_tokens,
     temperature=c.temperature,
+    remat=c.remat,
+    place=functools.partial(layouts.place_rows, actor.mesh),
   )
   stream = (
     grain.MapDataset.source(setup.prompts).seed(c.seed).shuffle().repeat()
   )
   first = int(state.step)
-  resumed = bool(checkpoints.steps())
+  begun = bool(checkpoints.steps())
   rows = metrics.Rows(workdir / 'metrics.jsonl', keep_to=first)
-  scores = metrics.Rows(workdir / 'eval.jsonl', keep_to=first if resumed else -1)
+  scores = metrics.Rows(workdir / 'eval.jsonl', keep_to=first if begun else -1)
   stop = _Stop()
-  if not resumed:
+  if not begun:
     _evaluate(setup, state, scorers, scores)
     checkpoints.save(state)
   with metrics.progress(setup.console) as progress:
@@ -86,9 +103,9 @@ def train(
         state, stream, actor, scorers, c
       )
       advantages = c.advantage(*rollout.outcomes(rollouts, c.group_size))
-      tokens = rollout.tokens(rollouts, advantages, c.row_tokens)
+      tokens = rollout.tokens(rollouts, advantages, c.sequence_tokens)
       started = time.perf_counter()
-      state, inner = update(state, layouts.place_rows(actor.mesh, tokens), key)
+      state, inner = update(state, tokens, key)
       measured |= metrics.reduce(jax.device_get(inner))
       measured['time/update_s'] = time.perf_counter() - started
       state = state._replace(step=np.int32(step + 1))
@@ -109,38 +126,55 @@ def train(
   return state
 
 
-def prepare(recipe: Recipe, workdir: pathlib.Path, console: Console) -> Setup:
+def _rows(c: Config, shards: int) -> int:
+  """Packed rows of an inner batch at the most, in whole shards."""
+  needed = packing.rows_needed(
+    c.prompts_per_step // c.inner_steps,
+    c.group_size,
+    c.max_prompt_tokens,
+    c.max_completion_tokens,
+    c.row_tokens,
+  )
+  return math.ceil(needed / shards) * shards
+
+
+def prepare(spec: str, workdir: pathlib.Path, console: Console) -> Setup:
   """Meets every error that can be met before anything compiles.
 
   Raises:
-    ConfigError: one line that names the thing and the remedy.
+    ConfigError, ValueError, OSError, ImportError: one line that names the
+      thing and the remedy.
   """
+  recipe = config.load(spec)
   c = recipe.config
-  try:
-    pretrained, shape, tokenizer = None, c.policy, c.tokenizer
-    if not isinstance(shape, policy.PolicyConfig):
-      shape, pretrained, tokenizer = policy.load(shape)
-    actor = rollout.Actor(
-      policy=shape,
-      tokenizer=tokenizer,
-      mesh=layouts.make(slices=c.slices, fsdp=c.fsdp, tensor=c.tensor),
-      slots=c.slots,
-    )
-    for task in c.eval_tasks or c.tasks:
-      _checked(task, 'test', tokenizer, None)
-    prompts = [
-      prompt
-      for task in c.tasks
-      for prompt in _checked(task, 'train', tokenizer, c.max_prompt_tokens)
-    ]
-    if c.row_tokens > shape.max_tokens:
+  pretrained = None
+  if isinstance(c.policy, policy.PolicyConfig):
+    shape, tokenizer = c.policy, c.tokenizer
+    if tokenizer is None:
       raise ConfigError(
-        f'max_prompt_tokens + max_completion_tokens = {c.row_tokens} tokens, '
-        f'but the policy was made for {shape.max_tokens}; lower one of them'
+        'tokenizer=None with a policy of random weights; give a tokenizer'
       )
-    checkpoint.write_manifest(workdir, recipe, shape, tokenizer)
-  except (ValueError, OSError) as error:
-    raise ConfigError(str(error)) from error
+  else:
+    shape, pretrained, tokenizer = policy.load(c.policy)
+  if c.sequence_tokens > shape.max_tokens:
+    raise ConfigError(
+      f'max_prompt_tokens + max_completion_tokens = {c.sequence_tokens}, '
+      f'but the policy was made for {shape.max_tokens}; lower one of them'
+    )
+  for task in c.eval_tasks or c.tasks:
+    _checked(task, 'test', tokenizer, None)
+  prompts = [
+    prompt
+    for task in c.tasks
+    for prompt in _checked(task, 'train', tokenizer, c.max_prompt_tokens)
+  ]
+  actor = rollout.Actor(
+    policy=shape,
+    tokenizer=tokenizer,
+    mesh=layouts.make(slices=c.slices, fsdp=c.fsdp, tensor=c.tensor),
+    slots=c.slots,
+  )
+  checkpoint.write_manifest(workdir, recipe, shape, tokenizer)
   return Setup(c, actor, prompts, pretrained, workdir, console)
 
 
@@ -148,8 +182,9 @@ def _checked(task, split, tokenizer, limit) -> Sequence[Prompt]:
   """The prompts of a split: some, none of them longer than the limit."""
   prompts = task.prompts(split)
   if not len(prompts):
-    raise ConfigError(f'task {task.name!r} has no {split} prompts; check its '
-                      'arguments')
+    raise ConfigError(
+      f'task {task.name!r} has no {split} prompts; check its arguments'
+    )
   for prompt in prompts if limit else ():
     length = len(tokenizer.render(prompt.messages))
     if length > limit:
@@ -167,15 +202,16 @@ def start(setup: Setup, checkpoints: Checkpoints) -> TrainState:
   if params is None:
     params = policy.init(actor.policy, prng.key(c.seed, Stream.INIT, 0))
   params = layouts.place(actor.mesh, params, layouts.TRAINING)
-  if c.warm_up is not None and not checkpoints.steps():
-    params = _warm_up(setup, params)
-  one = jnp.zeros((1, 1), jnp.float32)
+  if c.warm_up and not checkpoints.steps():
+    params = _warm_up(setup, c.warm_up, params)
+  # State of filters is batch-level: any [B, T] will do.
+  stats: Any = TokenStats(*jnp.zeros((2, 1, 1), jnp.float32))
   state = TrainState(
     step=np.int32(0),
     cursor=np.int32(0),
     params=params,
     optimizer=jax.jit(c.optimizer.init)(params),
-    filters=c.filters.init(TokenStats(one, one)),
+    filters=c.filters.init(stats),
   )
   if checkpoints.steps():
     state = checkpoints.restore(checkpoint.abstract_like(state))
@@ -183,27 +219,28 @@ def start(setup: Setup, checkpoints: Checkpoints) -> TrainState:
   return state
 
 
-def _warm_up(setup: Setup, params: Any) -> Any:
+def _warm_up(setup: Setup, settings: WarmUp, params: Any) -> Any:
   c, actor = setup.config, setup.actor
   with (
     Checkpoints(setup.workdir / 'warm_up', keep=1) as checkpoints,
     metrics.progress(setup.console) as progress,
   ):
-    bar = progress.add_task('warm-up', total=c.warm_up.steps, note='')
-    for done, state, nats in sft.warm_up(
-      c.warm_up,
+    bar = progress.add_task('warm-up', total=settings.steps, note='')
+    for state, nats in sft.warm_up(
+      settings,
       actor.policy,
       params,
       sft.traces(c.tasks, c.seed),
       actor.tokenizer,
-      c.row_tokens,
+      c.sequence_tokens,
       lambda rows: layouts.place_rows(actor.mesh, rows),
       checkpoints,
     ):
-      if done % 50 == 0 or done == c.warm_up.steps:
+      params, done = state.params, int(state.step)
+      if done % 50 == 0 or done == settings.steps:
         note = f'{float(nats):.3f} nats a token'
         progress.update(bar, completed=done, note=note)
-  return state.params
+  return params
 
 
 def _evaluate(setup, state, scorers, scores) -> None:
@@ -296,6 +333,11 @@ def _resolved(setup: Setup) -> rich.table.Table:
   return table
 
 
+def _refused(error: Exception) -> int:
+  print(f'error: {error}', file=sys.stderr)
+  return 2
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """The command; returns its exit code."""
   parser = argparse.ArgumentParser(
@@ -303,27 +345,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument(
-    '--config', required=True, help='recipe.py[:key=value,…]'
-  )
+  parser.add_argument('--config', required=True, help='recipe.py[:key=value,…]')
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   arguments = parser.parse_args(argv)
   console = Console()
   workdir = arguments.workdir
   try:
-    setup = prepare(config.load(arguments.config), workdir, console)
+    setup = prepare(arguments.config, workdir, console)
     c = setup.config
-    console.print(_resolved(setup))
+    scorers = Scorers(c.tasks_scored, c.scorers, c.reward_deadline_s)
+  except (ValueError, OSError, ImportError) as error:
+    return _refused(error)
+  console.print(_resolved(setup))
+  try:
     with (
-      Scorers(c.tasks_scored, c.scorers, c.reward_deadline_s) as scorers,
+      scorers,
       Checkpoints(workdir / 'checkpoints', c.keep_checkpoints) as checkpoints,
     ):
-      state = start(setup, checkpoints)
-      state = train(setup, state, scorers, checkpoints)
+      state = train(setup, start(setup, checkpoints), scorers, checkpoints)
   except ConfigError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  if state.step < c.steps:
+    return _refused(error)
+  if int(state.step) < c.steps:
     console.print(f'stopped and saved at step {state.step}; run again to go on')
     return 75
   console.print(

@@ -37,7 +37,7 @@ def sequence_mean_token_mean() -> Filter:
   def body(grads, stats, tokens, key):
     del stats, key
     length = jnp.maximum(jnp.sum(tokens.mask, -1, keepdims=True), 1)
-    return scale(grads, 1.0 / (length * _rows(tokens)))
+    return scale(grads, 1.0 / length / _rows(tokens))
 
   return stateless(body)
 
@@ -55,7 +55,8 @@ def sequence_mean_token_sum(length=1.0) -> Filter:
 
   def body(grads, stats, tokens, key):
     del stats, key
-    return scale(grads, 1.0 / (length * _rows(tokens)))
+    # Two divisions: length · rows may leave int32.
+    return scale(grads, 1.0 / length / _rows(tokens))
 
   return stateless(body)
 

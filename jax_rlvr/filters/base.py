@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +30,13 @@ def stateless(body: Body) -> Filter:
     del params
     return optax.EmptyState()
 
-  def update_fn(updates, state, params=None, *, tokens, key=None, **extra):
+  def update_fn(
+    updates, state, params: Any = None, *, tokens: Any, key=None, **extra
+  ):
     del extra
     return body(updates, params, tokens, key), state
 
+  # pyrefly: ignore[bad-argument-type]: tokens is required, by design.
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
@@ -55,7 +59,7 @@ def tracked(name: str, tx: optax.GradientTransformation) -> Filter:
   """
   tx = optax.with_extra_args_support(tx)
 
-  def report(before, after):
+  def report(before, after) -> dict[str, Any]:
     came, left = before.logprob != 0, after.logprob != 0
     mass = jnp.sum(jnp.abs(before.logprob))
     return {

@@ -39,9 +39,7 @@ def _chosen_count(fraction, mask, at_least_one):
   return jnp.maximum(n, floor)
 
 
-def clip_cov(
-  fraction=2e-4, lower=1.0, upper=5.0, at_least_one=True
-) -> Filter:
+def clip_cov(fraction=2e-4, lower=1.0, upper=5.0, at_least_one=True) -> Filter:
   """Clip-Cov: drops a few random tokens whose covariance is high.
 
   Of the tokens alive with lower < covariance < upper, ⌊fraction · N⌋ are drawn
@@ -91,9 +89,7 @@ _PENALTY_GRADIENTS = {
 }
 
 
-def kl_cov(
-  fraction=2e-3, coef=1.0, penalty='abs', at_least_one=True
-) -> Filter:
+def kl_cov(fraction=2e-3, coef=1.0, penalty='abs', at_least_one=True) -> Filter:
   """KL-Cov: holds the tokens of highest covariance near the old policy.
 
   The ⌊fraction · N⌋ completion tokens of highest covariance get the gradient of
@@ -107,7 +103,8 @@ def kl_cov(
       'k2' x²/2; 'k3' eˣ − 1 − x.
     at_least_one: penalise one even where fraction · N < 1.
 
-  Reads: logprob, old_logprob, advantage, serial. Writes: logprob. Kind: penalty.
+  Reads: logprob, old_logprob, advantage, serial. Writes: logprob.
+  Kind: penalty.
 
   >>> filters = optax.chain(kl_cov(fraction=2e-3), token_mean())
   """

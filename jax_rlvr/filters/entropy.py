@@ -42,9 +42,7 @@ def forking_tokens(fraction=0.2, keep='top', rescale=True) -> Filter:
     n = masked.count(tokens.mask)
     selected = jnp.maximum(masked.share(fraction, n, up=True), 1)
     score = entropy if keep == 'top' else -entropy
-    chosen = masked.largest(
-      score, tokens.mask, selected, masked.serial(tokens)
-    )
+    chosen = masked.largest(score, tokens.mask, selected, masked.serial(tokens))
     factor = jnp.where(rescale, n / selected, 1.0)
     return base.scale(base.keep(grads, chosen), factor)
 

@@ -9,4 +9,5 @@ from jax_rlvr.policy.decoder import logits as logits
 from jax_rlvr.policy.decoding import decode as decode
 from jax_rlvr.policy.decoding import prefill as prefill
 from jax_rlvr.policy.decoding import unstack as unstack
+from jax_rlvr.policy.gguf import smollm2_path as smollm2_path
 from jax_rlvr.policy.weights import load as load

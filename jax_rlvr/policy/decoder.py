@@ -19,7 +19,7 @@ from flax import nnx
 from jax_rlvr.policy.config import PolicyConfig
 
 if TYPE_CHECKING:
-  from jaxtyping import Array, Float, Int
+  from jaxtyping import Array, Bool, Float, Int
 
 Params = dict[str, Any]
 Attend = Callable[..., tuple[jax.Array, Any]]
@@ -114,6 +114,7 @@ def rms_norm(x, weight, eps):
   """Root-mean-square norm over the last axis, in float32."""
   x32 = x.astype(jnp.float32)
   mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+  weight = jnp.expand_dims(weight, range(x.ndim - 1))
   return (x32 * jax.lax.rsqrt(mean_square + eps) * weight).astype(x.dtype)
 
 
@@ -121,6 +122,7 @@ def rotary(config: PolicyConfig, positions: jax.Array):
   """Rotation of heads [..., n, H] at `positions` [...] (halves convention)."""
   half = config.head_size // 2
   frequency = config.rope_theta ** (-jnp.arange(half) / half)
+  frequency = jnp.expand_dims(frequency, range(positions.ndim + 1))
   angle = positions[..., None, None].astype(jnp.float32) * frequency
   sin, cos = jnp.sin(angle), jnp.cos(angle)
 
@@ -132,18 +134,23 @@ def rotary(config: PolicyConfig, positions: jax.Array):
   return rotate
 
 
-def causal(query, key, value):
-  """Attention of rows [B, T] to their own past.
+def attention(visible: Bool[Array, 'B T T'] | None, keep: bool = False):
+  """Attention of rows [B, T] to what each query sees; to its past if None.
 
-  Rows end in padding, which only padding can see: no lengths are needed.
+  A row that ends in padding needs no mask: only padding sees the padding.
+  With `keep`, keys and values are kept for a cache.
   """
-  mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-  return mixed, None
 
+  def attend(query, key, value):
+    if visible is None:
+      mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+    else:
+      mixed = jax.nn.dot_product_attention(
+        query, key, value, mask=visible[:, None]
+      )
+    return mixed, (key, value) if keep else None
 
-def causal_keeping(query, key, value):
-  """As `causal`, and keeps keys and values for the cache."""
-  return causal(query, key, value)[0], (key, value)
+  return attend
 
 
 def scan_blocks(config, blocks, x, rotate, attend, remat=True):
@@ -160,15 +167,27 @@ def forward(
   params: Params,
   ids: Int[Array, 'B T'],
   positions: Int[Array, 'B T'] | None = None,
+  visible: Bool[Array, 'B T T'] | None = None,
   *,
   remat: bool = True,
 ) -> Float[Array, 'B T D']:
-  """Hidden states after the final norm; index t has read ids[..t]."""
+  """Hidden states after the final norm.
+
+  Args:
+    config: of the policy.
+    params: of the policy.
+    ids: tokens, padded at the end.
+    positions: of each token in its sequence; 0 … T − 1 if None.
+    visible: [b, i, j] True where token i sees token j; its past if None.
+    remat: recompute each layer in the backward pass instead of keeping it.
+  """
   if positions is None:
-    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    positions = jnp.arange(ids.shape[1])[None]
   x = params['embed'][ids]
   rotate = rotary(config, positions)
-  x, _ = scan_blocks(config, params['blocks'], x, rotate, causal, remat)
+  x, _ = scan_blocks(
+    config, params['blocks'], x, rotate, attention(visible), remat
+  )
   return rms_norm(x, params['norm'], config.norm_eps)
 
 

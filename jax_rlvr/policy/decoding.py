@@ -35,8 +35,8 @@ class Cache(NamedTuple):
 
 def unstack(params: decoder.Params) -> dict[str, Any]:
   """Parameters with the blocks as a list of L layers."""
-  depth = jax.tree.leaves(params['blocks'])[0].shape[0]
-  layers = [jax.tree.map(lambda w: w[i], params['blocks']) for i in range(depth)]
+  leaves, tree = jax.tree.flatten(params['blocks'])
+  layers = [tree.unflatten(layer) for layer in zip(*leaves, strict=True)]
   return params | {'blocks': layers}
 
 
@@ -51,8 +51,9 @@ def prefill(
   """Reads the prompts; returns the hidden state of their last token."""
   x = params['embed'][ids]
   rotate = decoder.rotary(config, jnp.arange(ids.shape[1])[None])
+  attend = decoder.attention(None, keep=True)
   x, kept = decoder.scan_blocks(
-    config, params['blocks'], x, rotate, decoder.causal_keeping, remat=False
+    config, params['blocks'], x, rotate, attend, remat=False
   )
   last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
   shape = (ids.shape[0], samples, max_tokens, config.kv_heads, config.head_size)
@@ -102,12 +103,12 @@ def _attend(prompt, own, lengths, step):
     query = query.reshape(p, g, key.shape[2], -1, h)
     on_prompt = jnp.einsum('pgkrh,ptkh->pgkrt', query, prompt[0])
     on_own = jnp.einsum('pgkrh,pgtkh->pgkrt', query, keys)
-    seen = jnp.arange(prompt[0].shape[1]) < lengths[:, None]
-    written = jnp.arange(keys.shape[2]) <= step
+    seen = jnp.arange(prompt[0].shape[1])[None] < lengths[:, None]
+    written = jnp.arange(keys.shape[2])[None] <= step
     scores = jnp.concatenate(
       [
         jnp.where(seen[:, None, None, None], on_prompt, -jnp.inf),
-        jnp.where(written, on_own, -jnp.inf),
+        jnp.where(written[:, None, None, None], on_own, -jnp.inf),
       ],
       axis=-1,
     )

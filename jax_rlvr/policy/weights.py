@@ -21,7 +21,9 @@ def load(
   """
   path = pathlib.Path(path)
   if not path.exists():
-    raise FileNotFoundError(f'no model file {path}; give the path of a GGUF file')
+    raise FileNotFoundError(
+      f'no model file {path}; give the path of a GGUF file'
+    )
   if path.suffix != '.gguf':
     raise ValueError(f'{path} is not a GGUF file, the format read so far')
   return gguf.load(path)

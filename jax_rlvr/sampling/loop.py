@@ -64,9 +64,7 @@ def sample(
   weights = policy.unstack(params)
 
   def next_token(hidden, step):
-    return draw(
-      fold(keys, step), policy.logits(params, hidden), temperature
-    )
+    return draw(fold(keys, step), policy.logits(params, hidden), temperature)
 
   def write(all_tokens, new, step):
     return jax.tree.map(
@@ -76,12 +74,10 @@ def sample(
     )
 
   def is_end(ids):
-    return jnp.any(ids[..., None] == end_ids, axis=-1)
+    return jnp.any(ids[..., None] == end_ids[None, None], axis=-1)
 
   # All G completions of a prompt draw their first token from one state.
-  shared = jnp.broadcast_to(
-    hidden[:, None], (count, samples, hidden.shape[-1])
-  )
+  shared = jnp.broadcast_to(hidden[:, None], (count, samples, hidden.shape[-1]))
   first = next_token(shared, 0)
   blank = jax.tree.map(
     lambda x: jnp.zeros((*x.shape, max_tokens), x.dtype), first

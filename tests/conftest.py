@@ -1,0 +1,35 @@
+"""Every test runs on eight virtual CPU devices, strictly."""
+
+import os
+import pathlib
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = ' '.join(
+  [
+    os.environ.get('XLA_FLAGS', ''),
+    '--xla_force_host_platform_device_count=8',
+    # Eight devices share few cores: a collective may wait long for its turn.
+    '--xla_cpu_collective_call_terminate_timeout_seconds=600',
+  ]
+)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update(
+  'jax_compilation_cache_dir',
+  os.environ.get('JAX_RLVR_TEST_CACHE', '/tmp/jax_rlvr_test_cache'),
+)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope='session')
+def data() -> pathlib.Path:
+  """The folder of real data sets beside the checkout, where there is one."""
+  folder = ROOT.parent / 'shared' / 'data'
+  if not folder.is_dir():
+    pytest.skip(f'no real data sets in {folder}')
+  return folder

@@ -1,0 +1,295 @@
+"""Token gradients: where chains start, how they run, and the way back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jax_rlvr.filters import (
+  clip_ratio,
+  entropy_bonus,
+  forking_tokens,
+  kl_cov,
+  stateless,
+  token_mean,
+)
+from jax_rlvr.policy_gradient import (
+  as_loss,
+  log_ratio,
+  policy_gradient,
+  token_gradients,
+)
+from jax_rlvr.records import Tokens, TokenStats
+
+SHAPE = (4, 6)
+
+
+def _batch(seed=0):
+  rng = np.random.default_rng(seed)
+  mask = rng.random(SHAPE) < 0.7
+  old = -rng.gamma(1.0, 1.0, SHAPE).astype(np.float32)
+  stats = TokenStats(
+    jnp.array(old + rng.normal(0, 0.4, SHAPE).astype(np.float32)),
+    jnp.array(rng.gamma(1.0, 1.0, SHAPE).astype(np.float32)),
+  )
+  advantage = np.repeat(rng.normal(size=(4, 1)), 6, 1).astype(np.float32)
+  return stats, Tokens(jnp.array(mask), jnp.array(advantage), jnp.array(old))
+
+
+def _one(logprob, advantage, old=-1.0):
+  """A batch of one completion token."""
+  one = jnp.ones((1, 1))
+  stats = TokenStats(logprob * one, 0.5 * one)
+  return stats, Tokens(one.astype(bool), advantage * one, old * one)
+
+
+# policy_gradient
+
+
+def test_policy_gradient_is_minus_ratio_times_advantage():
+  stats = TokenStats(jnp.array([[-1.0, -0.5, -2.0]]), None)
+  tokens = Tokens(
+    mask=jnp.array([[True, True, True]]),
+    advantage=jnp.array([[2.0, -1.0, 0.0]]),
+    old_logprob=jnp.array([[-1.0, -1.0, -1.0]]),
+  )
+  grads = policy_gradient(stats, tokens)
+  # −e⁰·2, −e^.5·(−1), −e⁻¹·0.
+  np.testing.assert_allclose(grads.logprob, [[-2.0, 1.6487213, 0.0]], rtol=1e-6)
+  assert grads.entropy is None
+
+
+def test_policy_gradient_is_that_of_the_surrogate():
+  stats, tokens = _batch()
+
+  def surrogate(logprob):
+    ratio = jnp.exp(logprob - tokens.old_logprob)
+    return -jnp.sum(ratio * tokens.advantage * tokens.mask)
+
+  grads = policy_gradient(stats, tokens)
+  np.testing.assert_allclose(
+    grads.logprob, jax.grad(surrogate)(stats.logprob), rtol=1e-6
+  )
+  assert not grads.entropy.any()
+
+
+@pytest.mark.parametrize('advantage', [1.0, -1.0])
+def test_policy_gradient_is_zero_beyond_twenty_nats(advantage):
+  for x, alive in [
+    (20.0, True), (-20.0, True), (20.001, False), (-20.001, False),
+    (100.0, False), (-100.0, False), (np.inf, False), (-np.inf, False),
+  ]:  # fmt: skip
+    (grad,) = policy_gradient(*_one(x, advantage, old=0.0)).logprob
+    assert np.isfinite(grad).all()
+    assert bool(grad[0] != 0) == alive, x
+
+
+def test_policy_gradient_survives_logprobs_of_minus_infinity():
+  # Both −inf: the log ratio is NaN.
+  stats, tokens = _one(-np.inf, 1.0, old=-np.inf)
+  assert float(policy_gradient(stats, tokens).logprob[0, 0]) == 0.0
+
+
+def test_policy_gradient_is_silent_outside_the_mask_even_over_nan():
+  stats, tokens = _batch()
+  hole = ~np.asarray(tokens.mask)
+  nan = jnp.where(hole, jnp.nan, 0.0)
+  poisoned = policy_gradient(
+    TokenStats(stats.logprob + nan, stats.entropy + nan),
+    tokens._replace(
+      advantage=tokens.advantage + nan, old_logprob=tokens.old_logprob + nan
+    ),
+  )
+  clean = policy_gradient(stats, tokens)
+  jax.tree.map(np.testing.assert_array_equal, poisoned, clean)
+  assert not np.asarray(poisoned.logprob)[hole].any()
+  assert np.asarray(poisoned.logprob)[~hole].all()
+
+
+def test_log_ratio_is_zero_outside_the_mask():
+  stats, tokens = _batch()
+  x = np.asarray(log_ratio(stats, tokens))
+  mask = np.asarray(tokens.mask)
+  difference = np.asarray(stats.logprob) - np.asarray(tokens.old_logprob)
+  np.testing.assert_array_equal(x, np.where(mask, difference, 0.0))
+
+
+# token_gradients
+
+
+def _counter():
+  """Scales by the number of calls so far."""
+
+  def update_fn(updates, state, params=None):
+    del params
+    return jax.tree.map(lambda g: g * state, updates), state + 1.0
+
+  return optax.GradientTransformation(lambda _: jnp.zeros(()), update_fn)
+
+
+def test_token_gradients_start_from_the_policy_gradient():
+  stats, tokens = _batch()
+  grads, state = token_gradients(optax.identity(), stats, tokens)
+  jax.tree.map(
+    np.testing.assert_array_equal, grads, policy_gradient(stats, tokens)
+  )
+  assert state == optax.EmptyState()
+
+
+def test_token_gradients_keep_state_across_calls():
+  stats, tokens = _batch()
+  plain = policy_gradient(stats, tokens).logprob
+  filters = optax.chain(_counter())
+  state = None
+  for calls in range(3):
+    grads, state = token_gradients(filters, stats, tokens, state=state)
+    np.testing.assert_allclose(grads.logprob, plain * calls, rtol=1e-6)
+  # A fresh state counts from the beginning.
+  grads, _ = token_gradients(filters, stats, tokens)
+  assert not grads.logprob.any()
+
+
+def test_token_gradients_follow_a_schedule():
+  stats, tokens = _batch()
+  filters = optax.inject_hyperparams(entropy_bonus)(
+    coef=optax.linear_schedule(0.0, 1.0, 4)
+  )
+  state = None
+  for coef in (0.0, 0.25, 0.5):
+    grads, state = token_gradients(filters, stats, tokens, state=state)
+    np.testing.assert_array_equal(grads.entropy, -coef * tokens.mask)
+
+
+def test_token_gradients_hand_evidence_key_and_stats_to_each_filter():
+  stats, tokens = _batch()
+  seen = []
+
+  def body(grads, stats, tokens, key):
+    seen.append((stats, tokens, key))
+    return grads
+
+  key = jax.random.key(3)
+  filters = optax.chain(stateless(body), _counter(), stateless(body))
+  token_gradients(filters, stats, tokens, key=key)
+  for its_stats, its_tokens, its_key in seen:
+    assert its_tokens is tokens and its_key is key
+    jax.tree.map(np.testing.assert_array_equal, its_stats, stats)
+  assert len(seen) == 2
+
+
+def test_token_gradients_cannot_be_differentiated_through():
+  stats, tokens = _batch()
+
+  def total(logprob):
+    grads, _ = token_gradients(
+      optax.identity(), TokenStats(logprob, stats.entropy), tokens
+    )
+    return jnp.sum(grads.logprob)
+
+  assert not jax.grad(total)(stats.logprob).any()
+
+
+# as_loss
+
+
+CHAINS = {
+  'ppo': optax.chain(clip_ratio(), token_mean()),
+  'forking': optax.chain(
+    clip_ratio(0.2, 0.28), forking_tokens(0.3), entropy_bonus(), token_mean()
+  ),
+  'kl_cov': optax.chain(kl_cov(0.2), token_mean()),
+}
+
+
+@pytest.mark.parametrize('name', CHAINS)
+def test_as_loss_has_the_token_gradients_as_gradient(name):
+  stats, tokens = _batch()
+  expected, _ = token_gradients(CHAINS[name], stats, tokens)
+  loss = as_loss(CHAINS[name])
+  found, _ = jax.grad(loss, has_aux=True)(stats, tokens)
+  assert expected.logprob.any()
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_as_loss_hands_on_the_state():
+  stats, tokens = _batch()
+  loss = as_loss(optax.chain(_counter(), token_mean()))
+  state = None
+  for calls in range(3):
+    grads, state = jax.grad(loss, has_aux=True)(stats, tokens, None, state)
+    assert bool(grads.logprob.any()) == (calls > 0)
+  assert float(state[0]) == 3.0
+
+
+def test_as_loss_survives_minus_infinity_and_nan_outside_the_mask():
+  stats, tokens = _batch()
+  row, column = np.argwhere(np.asarray(tokens.mask))[0]
+  logprob = jnp.where(tokens.mask, stats.logprob, jnp.nan)
+  stats = stats._replace(logprob=logprob.at[row, column].set(-jnp.inf))
+  loss = as_loss(CHAINS['ppo'])
+  (value, _), grads = jax.value_and_grad(loss, has_aux=True)(stats, tokens)
+  assert np.isfinite(value)
+  assert np.isfinite(grads.logprob).all()
+
+
+def _stats(weights, features, ids):
+  """Stats of a linear policy: everything differentiable."""
+  logprobs = jax.nn.log_softmax(features @ weights)
+  entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, -1)
+  logprob = jnp.take_along_axis(logprobs, ids[..., None], -1)[..., 0]
+  return TokenStats(logprob, entropy)
+
+
+def _linear_policy():
+  rng = np.random.default_rng(5)
+  features = jnp.array(rng.normal(size=SHAPE + (3,)).astype(np.float32))
+  ids = jnp.array(rng.integers(0, 5, SHAPE))
+  weights = jnp.array(rng.normal(size=(3, 5)).astype(np.float32))
+  old = _stats(weights, features, ids).logprob
+  step = jnp.array(rng.normal(0, 0.1, (3, 5)).astype(np.float32))
+  _, tokens = _batch()
+  return weights + step, features, ids, tokens._replace(old_logprob=old)
+
+
+@pytest.mark.parametrize('name', CHAINS)
+def test_as_loss_and_vjp_carry_the_same_gradient_to_the_weights(name):
+  weights, features, ids, tokens = _linear_policy()
+  filters = CHAINS[name]
+
+  @jax.jit
+  def both(weights):
+    stats, pullback = jax.vjp(lambda w: _stats(w, features, ids), weights)
+    grads, _ = token_gradients(filters, stats, tokens)
+    loss = as_loss(filters)
+    found, _ = jax.grad(
+      lambda w: loss(_stats(w, features, ids), tokens), has_aux=True
+    )(weights)
+    return pullback(grads)[0], found
+
+  expected, found = both(weights)
+  assert np.abs(expected).max() > 1e-2
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_chain_equals_ppo_with_an_entropy_bonus_as_one_writes_it():
+  weights, features, ids, tokens = _linear_policy()
+
+  def ppo(weights, low, high):
+    stats = _stats(weights, features, ids)
+    ratio = jnp.exp(stats.logprob - tokens.old_logprob)
+    clipped = jnp.clip(ratio, 1 - low, 1 + high)
+    gain = jnp.minimum(ratio * tokens.advantage, clipped * tokens.advantage)
+    gain = gain + 0.1 * stats.entropy
+    return -jnp.sum(gain * tokens.mask) / jnp.sum(tokens.mask)
+
+  filters = optax.chain(clip_ratio(0.1, 0.15), entropy_bonus(0.1), token_mean())
+  loss = as_loss(filters)
+  found, _ = jax.grad(
+    lambda w: loss(_stats(w, features, ids), tokens), has_aux=True
+  )(weights)
+  expected = jax.grad(ppo)(weights, 0.1, 0.15)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+  # Control: here the clip does act.
+  unclipped = jax.grad(ppo)(weights, np.inf, np.inf)
+  assert np.abs(unclipped - expected).max() > 1e-2
