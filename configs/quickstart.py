@@ -19,7 +19,13 @@ from jax_rlvr.tokenizer import train_characters
 
 
 def get_config(
-  lr=1e-3, fraction=2e-3, warm_up_steps=700, warm_up_lr=2e-3, **overrides
+  lr=1e-3,
+  fraction=2e-3,
+  digits=2,
+  held_out=500,
+  warm_up_steps=700,
+  warm_up_lr=2e-3,
+  **overrides,
 ) -> Config:
   tokenizer = train_characters('0123456789+=')
   settings = dict(
@@ -34,7 +40,7 @@ def get_config(
       max_tokens=16,
     ),
     tokenizer=tokenizer,
-    tasks=(Addition(digits=2, wrong=0.5),),
+    tasks=(Addition(digits=digits, held_out=held_out, wrong=0.5),),
     advantage=group_norm,
     # The papers' fraction is 2e-4 of 10⁴ and more tokens; a batch here has
     # about 1,500.

@@ -59,6 +59,18 @@ class WarmUp:
   checkpoint_every: int = 500
 
 
+# The smallest value of each knob that counts something, and that measures.
+_COUNTS = {'steps': 0, 'seed': 0, 'row_tokens': 0} | dict.fromkeys(
+  'prompts_per_step group_size inner_steps microbatch_tokens max_prompt_tokens '
+  'max_completion_tokens slots eval_every eval_prompts eval_samples '
+  'checkpoint_every keep_checkpoints scorers slices tensor'.split(),
+  1,
+)
+_NUMBERS = dict.fromkeys(
+  ('temperature', 'eval_temperature', 'reward_deadline_s'), 0
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   """A run. All counts are global: over all devices and hosts.
@@ -131,18 +143,16 @@ class Config:
   tensor: int = 1
 
   def __post_init__(self):
-    for name in (
-      'prompts_per_step', 'group_size', 'inner_steps', 'microbatch_tokens',
-      'max_prompt_tokens', 'max_completion_tokens', 'slots', 'eval_every',
-      'eval_prompts', 'eval_samples', 'checkpoint_every', 'keep_checkpoints',
-      'scorers', 'slices', 'tensor',
-    ):  # fmt: skip
-      self._require(name, isinstance(getattr(self, name), int), 'an integer')
-      self._require(name, getattr(self, name) >= 1, 'at least 1')
-    self._require('steps', self.steps >= 0, '0 or more steps')
-    self._require('temperature', self.temperature > 0, 'above 0')
-    self._require('eval_temperature', self.eval_temperature >= 0, '0 or more')
-    self._require('reward_deadline_s', self.reward_deadline_s > 0, 'above 0 s')
+    for name, least in (_COUNTS | _NUMBERS).items():
+      kind, what = (
+        (int, 'an integer') if name in _COUNTS else (float, 'a number')
+      )
+      value = getattr(self, name)
+      is_number = isinstance(value, kind | int) and not isinstance(value, bool)
+      self._require(name, is_number, what)
+      self._require(name, value >= least, f'{least} or more')
+    for name in ('temperature', 'reward_deadline_s'):
+      self._require(name, getattr(self, name) > 0, 'above 0')
     self._require(
       'inner_steps',
       self.prompts_per_step % self.inner_steps == 0,

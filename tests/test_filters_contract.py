@@ -104,10 +104,12 @@ def _batch(seed=0):
   mask[:, 0], mask[3] = False, False
   old = -rng.gamma(1.0, 1.5, SHAPE).astype(np.float32)
   logprob = old + rng.normal(0, 0.4, SHAPE).astype(np.float32)
+  # In steps of a half: there are ties to break.
+  logprob = np.round(2 * logprob) / 2
   advantage = np.repeat(rng.normal(size=(8, 1)), 12, 1).astype(np.float32)
   advantage[5] = 0.0
   serial = rng.choice(2**32, SHAPE, replace=False).astype(np.uint32)
-  entropy = rng.gamma(1.0, 1.0, SHAPE).astype(np.float32)
+  entropy = np.round(2 * rng.gamma(1.0, 1.0, SHAPE).astype(np.float32)) / 2
   stats = TokenStats(jnp.array(logprob), jnp.array(entropy))
   return stats, Tokens(*map(jnp.array, (mask, advantage, old, serial)))
 

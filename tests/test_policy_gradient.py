@@ -252,6 +252,18 @@ def _linear_policy():
   return weights + step, features, ids, tokens._replace(old_logprob=old)
 
 
+def test_as_loss_does_not_differentiate_the_evidence():
+  # On policy as one writes it: the old logprobs are the live ones.
+  stats, tokens = _batch()
+  loss = as_loss(CHAINS['ppo'])
+  grads, _ = jax.grad(
+    lambda s: loss(s, tokens._replace(old_logprob=s.logprob)), has_aux=True
+  )(stats)
+  mask = np.asarray(tokens.mask)
+  expected = np.where(mask, -np.asarray(tokens.advantage) / mask.sum(), 0.0)
+  np.testing.assert_allclose(grads.logprob, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize('name', CHAINS)
 def test_as_loss_and_vjp_carry_the_same_gradient_to_the_weights(name):
   weights, features, ids, tokens = _linear_policy()

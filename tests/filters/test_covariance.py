@@ -310,6 +310,7 @@ def _clip_cov_reference(stats, tokens, low, high, lower, upper):
     (0.15, 0.5, 2.0),
     (0.9, 0.3, 5.0),  # more than the band holds
     (0.1, 50.0, 90.0),  # an empty band
+    (0.4, -1.0, 5.0),  # a band around 0, where masked tokens would be
   ],
 )
 def test_clip_cov_draws_its_exact_number_from_the_candidates(

@@ -1,0 +1,203 @@
+"""The command, whole: it learns, it resumes, it refuses."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from jax_rlvr import metrics
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# A quickstart shrunk to one-digit sums: a minute on two cores.
+SMALL = (
+  'configs/quickstart.py:digits=1,held_out=20,warm_up_steps=60,warm_up_lr=1e-2,'
+  'steps=30,prompts_per_step=16,eval_every=30,eval_prompts=20,'
+  'checkpoint_every=5'
+)
+
+
+def run(*arguments, module='train', check=None):
+  """Runs a command in a process of its own, on one CPU device."""
+  environment = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
+  done = subprocess.run(
+    [sys.executable, '-m', f'jax_rlvr.{module}', *map(str, arguments)],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+  )
+  if check is not None:
+    assert done.returncode == check, done.stdout + done.stderr
+  return done
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+  """A small run that nothing disturbs."""
+  workdir = tmp_path_factory.mktemp('runs') / 'straight'
+  done = run('--config', SMALL, '--workdir', workdir, check=0)
+  return workdir, done.stdout
+
+
+def test_small_quickstart_learns(straight):
+  workdir, _ = straight
+  before, after = (
+    row['eval/addition/avg@8'] for row in metrics.read(workdir / 'eval.jsonl')
+  )
+  assert after >= before + 0.15
+  rows = metrics.read(workdir / 'metrics.jsonl')
+  rewards = [row['reward/mean'] for row in rows]
+  assert np.mean(rewards[-5:]) >= np.mean(rewards[:5]) + 0.1
+
+
+def test_run_directory_holds_what_practitioners_expect(straight):
+  workdir, shown = straight
+  rows = metrics.read(workdir / 'metrics.jsonl')
+  assert [row['step'] for row in rows] == list(range(1, 31))
+  wanted = (
+    'step reward/mean reward/std entropy/token_mean entropy/sequence_mean '
+    'length/mean length/clipped_share ratio/max kl/old grad_norm '
+    'filters/clip_cov/kept groups/zero_variance_share time/rollout_s '
+    'time/update_s rollout/tokens_per_s'
+  )
+  assert set(wanted.split()) <= set(rows[0])
+  evaluations = metrics.read(workdir / 'eval.jsonl')
+  assert [row['step'] for row in evaluations] == [0, 30]
+  for measure in ('avg@8', 'pass@1', 'pass@8', 'maj@8'):
+    assert f'eval/addition/{measure}' in evaluations[0]
+  samples = (workdir / 'rollouts' / '000030.jsonl').read_text().splitlines()
+  assert {'prompt', 'completion', 'reward'} <= set(json.loads(samples[0]))
+  assert 'prompts per step' in shown and 'held out, after 0 steps' in shown
+  assert f'next: python -m jax_rlvr.evaluate --workdir {workdir}' in shown
+
+
+def test_evaluate_restores_the_run_by_its_manifest(straight, tmp_path):
+  workdir, _ = straight
+  out = tmp_path / 'out.json'
+  arguments = ('--workdir', workdir, '--samples', 4, '--json', out)
+  run(*arguments, module='evaluate', check=0)
+  scores = json.loads(out.read_text())
+  trained = metrics.read(workdir / 'eval.jsonl')[-1]
+  assert scores['step'] == 30
+  assert 'eval/addition/pass@4' in scores and 'eval/addition/maj@4' in scores
+  # 20 prompts × 4 samples against 20 × 8: noise of about 0.05.
+  difference = scores['eval/addition/avg@4'] - trained['eval/addition/avg@8']
+  assert abs(difference) < 0.25
+  run('--workdir', workdir, '--step', 25, module='evaluate', check=0)
+  missing = run('--workdir', workdir, '--step', 7, module='evaluate', check=2)
+  assert 'no checkpoint of step 7' in missing.stderr
+
+
+def params(workdir):
+  folder = workdir / 'checkpoints' / '30' / 'params'
+  tree = ocp.StandardCheckpointer().restore(folder.absolute())
+  return sorted(
+    ((str(path), np.asarray(x)) for path, x in _flat(tree)), key=lambda p: p[0]
+  )
+
+
+def _flat(tree, path=()):
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      yield from _flat(value, (*path, name))
+    else:
+      yield (*path, name), value
+
+
+def test_killed_run_ends_bit_identical_to_a_straight_one(straight, tmp_path):
+  workdir, _ = straight
+  killed = tmp_path / 'killed'
+  command = [sys.executable, '-m', 'jax_rlvr.train', '--config', SMALL]
+  environment = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
+  draw, kills = random.Random(), 0
+  for _ in range(3):
+    process = subprocess.Popen(
+      [*command, '--workdir', str(killed)],
+      cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    rows = killed / 'metrics.jsonl'
+    start = len(metrics.read(rows)) if rows.exists() else 0
+    target = min(28, start + draw.randint(1, 9))
+    while process.poll() is None:
+      if rows.exists() and len(metrics.read(rows)) >= target:
+        time.sleep(draw.random() * 0.2)
+        process.send_signal(signal.SIGKILL)
+        break
+      time.sleep(0.02)
+    kills += process.wait() == -signal.SIGKILL
+  assert kills >= 2
+  run('--config', SMALL, '--workdir', killed, check=0)
+  for (name, a), (_, b) in zip(params(workdir), params(killed), strict=True):
+    np.testing.assert_array_equal(a, b, err_msg=name)
+
+  def kept(folder):
+    rows = metrics.read(folder / 'metrics.jsonl')
+    timed = ('time/', 'rollout/')
+    return [
+      {k: v for k, v in row.items() if not k.startswith(timed)} for row in rows
+    ]
+
+  assert kept(workdir) == kept(killed)
+
+
+def test_sigterm_saves_and_leaves_with_75(tmp_path):
+  process = subprocess.Popen(
+    [sys.executable, '-m', 'jax_rlvr.train', '--config', SMALL,
+     '--workdir', str(tmp_path)],
+    cwd=ROOT, env=os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)},
+    stdout=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  rows = tmp_path / 'metrics.jsonl'
+  while process.poll() is None and not (
+    rows.exists() and len(metrics.read(rows)) >= 2
+  ):
+    time.sleep(0.02)
+  process.send_signal(signal.SIGTERM)
+  shown, _ = process.communicate()
+  assert process.returncode == 75
+  steps = [row['step'] for row in metrics.read(rows)]
+  assert f'stopped and saved at step {steps[-1]}' in shown
+  assert (tmp_path / 'checkpoints' / str(steps[-1])).is_dir()
+
+
+@pytest.mark.parametrize(
+  'config, words',
+  [
+    ('configs/quickstrat.py', 'did you mean configs/quickstart.py'),
+    ('configs/quickstart.py:lrr=1', 'did you mean lr'),
+    ('configs/quickstart.py:temperature=-1', 'temperature=-1 must be'),
+    ('configs/quickstart.py:max_prompt_tokens=5', 'has 6 tokens, more than'),
+    ('configs/quickstart.py:policy=nowhere.gguf', 'no model file nowhere.gguf'),
+    ('configs/quickstart.py:held_out=10000', 'leaves a split empty'),
+    ('configs/quickstart.py:max_completion_tokens=40', 'was made for 16'),
+    ('configs/quickstart.py:fsdp=3', 'is not the 1 devices here'),
+  ],
+)
+def test_bad_input_is_refused_in_one_line(config, words, tmp_path):
+  done = run('--config', config, '--workdir', tmp_path / 'run', check=2)
+  assert words in done.stderr
+  assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
+  assert not (tmp_path / 'run').exists()
+
+
+def test_work_directory_of_another_run_is_refused(straight):
+  workdir, _ = straight
+  before = sorted(p.stat().st_mtime_ns for p in workdir.rglob('*'))
+  done = run('--config', SMALL + ',seed=5', '--workdir', workdir, check=2)
+  assert 'holds a run of quickstart.py' in done.stderr
+  assert 'another --workdir' in done.stderr
+  assert sorted(p.stat().st_mtime_ns for p in workdir.rglob('*')) == before
+
+
+def test_evaluate_of_no_run_is_refused(tmp_path):
+  done = run('--workdir', tmp_path, module='evaluate', check=2)
+  assert 'holds no run' in done.stderr and done.stderr.count('\n') == 1
