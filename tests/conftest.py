@@ -21,7 +21,7 @@ jax.config.update(
   'jax_compilation_cache_dir',
   os.environ.get('JAX_RLVR_TEST_CACHE', '/tmp/jax_rlvr_test_cache'),
 )
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -18,11 +18,19 @@ FLOORS = {
   2: 'filters tasks policy checkpoint',
   3: 'token_stats sampling packing scoring reward_process',
   4: 'sft rollout update',
-  5: 'evaluate',
+  5: 'evaluate setup',
   6: 'train',
 }
 FLOOR = {room: n for n, rooms in FLOORS.items() for room in rooms.split()}
-MACHINERY = {'train', 'update', 'rollout', 'token_stats', 'sampling', 'packing'}
+MACHINERY = {
+  'train',
+  'update',
+  'rollout',
+  'token_stats',
+  'sampling',
+  'packing',
+  'setup',
+}
 METHODS = {'filters', 'tasks', 'advantages'}
 
 

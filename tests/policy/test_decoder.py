@@ -20,6 +20,7 @@ TIED = policy.PolicyConfig(
   rope_theta=100.0,
   norm_eps=1e-3,
 )
+forward = jax.jit(policy.forward, static_argnums=0)
 UNTIED = dataclasses.replace(TIED, tied_embeddings=False)
 IDS = np.random.default_rng(0).integers(0, 11, (2, 7)).astype(np.int32)
 
@@ -76,7 +77,7 @@ def reference(c, params, ids):
 @pytest.mark.parametrize('config', [TIED, UNTIED], ids=['tied', 'untied'])
 def test_logits_equal_a_numpy_decoder(config):
   params = weights(config)
-  logits = policy.logits(params, policy.forward(config, params, IDS))
+  logits = policy.logits(params, forward(config, params, IDS))
   expected = np.stack([reference(config, params, ids) for ids in IDS])
   np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
@@ -85,8 +86,8 @@ def test_a_later_token_leaves_earlier_hidden_states():
   params = weights(TIED)
   changed = IDS.copy()
   changed[:, 4] = (IDS[:, 4] + 1) % 11
-  before = np.asarray(policy.forward(TIED, params, IDS))
-  after = np.asarray(policy.forward(TIED, params, changed))
+  before = np.asarray(forward(TIED, params, IDS))
+  after = np.asarray(forward(TIED, params, changed))
   np.testing.assert_array_equal(before[:, :4], after[:, :4])
   assert (np.abs(before[:, 4:] - after[:, 4:]).max(axis=-1) > 1e-3).all()
 

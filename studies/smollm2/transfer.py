@@ -1,0 +1,64 @@
+r"""What training on small sums carries over to: before, and after each run.
+
+  python studies/smollm2/transfer.py --mawps path/to/mawps \
+    --runs runs/smollm2 runs/smollm2_clip_cov \
+    --json studies/smollm2/transfer.json
+
+Asks the model as it came and each run's last checkpoint, at temperature 1, for
+the trained task's held-out pairs, two-digit sums, and MAWPS problems of one
+step.
+"""
+
+import argparse
+import json
+import pathlib
+
+import jax
+
+from jax_rlvr import checkpoint, evaluate, mesh, policy, prng, rollout
+from jax_rlvr.scoring import Scorers
+from jax_rlvr.tasks import Arithmetic, Mawps
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--mawps', required=True, help='folder of JSONL files')
+  parser.add_argument('--runs', type=pathlib.Path, nargs='+', required=True)
+  parser.add_argument('--prompts', type=int, default=64, help='per task')
+  parser.add_argument('--samples', type=int, default=8)
+  parser.add_argument('--json', type=pathlib.Path, required=True)
+  arguments = parser.parse_args()
+  tasks = (
+    Arithmetic(),
+    Arithmetic(name='add2', operations=('add',), low=10, high=99),
+    Mawps(path=arguments.mawps),
+  )
+  shape, weights, tokenizer = policy.load(policy.smollm2_path())
+  actor = rollout.Actor(
+    policy=shape, tokenizer=tokenizer, mesh=mesh.make(), slots=128
+  )
+  abstract = policy.abstract_params(shape)
+  scores = {}
+  with Scorers(tasks) as scorers:
+    for run in (None, *arguments.runs):
+      params = weights
+      if run is not None:
+        with checkpoint.Checkpoints(run / 'checkpoints') as saved:
+          params = saved.restore_params(abstract)
+      scores[run.name if run else 'before'], _ = evaluate.run(
+        actor,
+        jax.device_put(params),
+        tasks,
+        scorers,
+        key=prng.key(0, prng.Stream.EVALUATE, 10**6),
+        prompts=arguments.prompts,
+        samples=arguments.samples,
+        temperature=1.0,
+        max_completion_tokens=24,
+      )
+      arguments.json.write_text(json.dumps(scores, indent=2) + '\n')
+      print(run, scores[run.name if run else 'before'])
+
+
+if __name__ == '__main__':
+  main()

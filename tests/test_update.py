@@ -1,0 +1,286 @@
+"""The weight gradient, however the batch is cut and wherever it lies."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jax_rlvr import mesh as layouts
+from jax_rlvr import policy, update
+from jax_rlvr.filters import clip_cov, clip_ratio, token_mean, tracked
+from jax_rlvr.packing import padded
+from jax_rlvr.records import Rows, TokenStats, TrainState
+from jax_rlvr.token_stats import token_stats
+from tests.test_packing import CONFIG, batch
+
+TEMPERATURE = 0.7
+# 4 prompts of 4: an inner step sees 8 sequences of at most 16 tokens.
+B, T = 16, 16
+PARAMS = jax.device_get(policy.init(CONFIG, jax.random.key(0)))
+
+
+@functools.cache
+def evidence():
+  """A batch with the policy's own old numbers; group 1 has no variance."""
+  tokens = batch(prompts=(3, 7, 1, 4))
+  stats = jax.jit(functools.partial(token_stats, CONFIG))(
+    PARAMS, padded(tokens.ids, tokens.mask), temperature=TEMPERATURE
+  )
+  advantage = np.random.default_rng(5).normal(size=(B, 1)).astype(np.float32)
+  advantage[4:8] = 0
+  return tokens._replace(
+    advantage=advantage * tokens.mask,
+    old_logprob=np.asarray(stats.logprob),
+    old_entropy=np.asarray(stats.entropy),
+    serial=np.arange(B * T, dtype=np.uint32).reshape(B, T),
+  )
+
+
+PPO = optax.chain(tracked('clip_ratio', clip_ratio()), token_mean())
+COV = optax.chain(
+  clip_ratio(),
+  tracked('clip_cov', clip_cov(fraction=0.2, lower=0.0, upper=np.inf)),
+  token_mean(),
+)
+
+
+def start(filters, optimizer, mesh=None):
+  """A state of its own: updates donate it."""
+  params = jax.tree.map(jnp.array, PARAMS)
+  if mesh is not None:
+    params = layouts.place(mesh, params, layouts.TRAINING)
+  stats = TokenStats(*jnp.zeros((2, 1, 1)))
+  return TrainState(
+    np.int32(0),
+    np.int32(0),
+    params,
+    optimizer.init(params),
+    filters.init(stats),
+  )
+
+
+def flat(params):
+  return np.concatenate(
+    [np.asarray(x).ravel() for x in jax.tree.leaves(params)]
+  )
+
+
+def moved(filters, *, row_tokens=T, microbatch_rows=8, mesh=None):
+  """What two inner steps of rate 1 take from the params, and the scalars."""
+  place = jax.device_put
+  if mesh is not None:
+    place = functools.partial(layouts.place_rows, mesh)
+  run = update.make_update(
+    CONFIG,
+    filters,
+    optax.sgd(1.0),
+    inner_steps=2,
+    row_tokens=row_tokens,
+    rows=8,
+    microbatch_rows=microbatch_rows,
+    temperature=TEMPERATURE,
+    place=place,
+  )
+  state = start(filters, optax.sgd(1.0), mesh)
+  state, measured = run(state, evidence(), jax.random.key(9))
+  return flat(PARAMS) - flat(state.params), jax.device_get(measured)
+
+
+def distance(a, b):
+  return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.fixture(scope='module')
+def whole():
+  return moved(COV)
+
+
+@pytest.fixture(scope='module')
+def plain():
+  return moved(PPO)
+
+
+@pytest.mark.parametrize(
+  'row_tokens, microbatch_rows', [(T, 1), (T, 2), (T, 4), (40, 2), (40, 8)]
+)
+def test_gradient_does_not_depend_on_the_cut(
+  whole, row_tokens, microbatch_rows
+):
+  delta, measured = moved(
+    COV, row_tokens=row_tokens, microbatch_rows=microbatch_rows
+  )
+  assert distance(delta, whole[0]) <= 1e-5
+  # The same tokens were drawn, in either inner step.
+  for mine, theirs in zip(measured, whole[1], strict=True):
+    kept = theirs['filters/clip_cov/kept']
+    assert mine['filters/clip_cov/kept'] == kept < 0.9
+
+
+def test_gradient_on_eight_devices_is_that_on_one(whole):
+  delta, measured = moved(
+    COV, row_tokens=40, microbatch_rows=8, mesh=layouts.make()
+  )
+  assert distance(delta, whole[0]) <= 1e-5
+  for mine, theirs in zip(measured, whole[1], strict=True):
+    kept = theirs['filters/clip_cov/kept']
+    assert mine['filters/clip_cov/kept'] == kept
+
+
+def dense_loss(params, tokens):
+  """PPO's clipped surrogate, token mean, from all logits at once."""
+  hidden = policy.forward(CONFIG, params, tokens.ids)
+  logprobs = jax.nn.log_softmax(policy.logits(params, hidden) / TEMPERATURE)
+  logprob = jnp.take_along_axis(
+    logprobs[:, :-1], tokens.ids[:, 1:, None], axis=-1
+  )[..., 0]
+  advantage, mask = tokens.advantage[:, 1:], tokens.mask[:, 1:]
+  ratio = jnp.exp(jnp.where(mask, logprob - tokens.old_logprob[:, 1:], 0.0))
+  surrogate = jnp.minimum(
+    ratio * advantage, jnp.clip(ratio, 0.8, 1.2) * advantage
+  )
+  return -jnp.sum(jnp.where(mask, surrogate, 0.0)) / jnp.sum(mask)
+
+
+def test_gradient_is_that_of_a_dense_ppo_loss(plain, whole):
+  gradient = jax.jit(jax.grad(dense_loss))
+  params = PARAMS
+  for inner in (slice(0, 8), slice(8, 16)):
+    part = jax.tree.map(lambda x, inner=inner: x[inner], evidence())
+    grads = gradient(params, part)
+    params = jax.tree.map(lambda p, g: p - g, params, grads)
+  delta, measured = plain
+  assert distance(delta, flat(PARAMS) - flat(params)) <= 1e-5
+  # The clip was at work in the second step, and Clip-Cov does more.
+  assert measured[1]['filters/clip_ratio/kept'] < 1
+  assert distance(whole[0], delta) > 0.05
+
+
+def test_first_inner_step_is_exactly_on_policy(plain, whole):
+  for _, measured in (plain, whole):
+    first, second = measured
+    assert first['ratio/max'] == 1 and first['kl/old'] == 0
+    assert second['ratio/max'] > 1.01 and second['kl/old'] > 1e-5
+    assert first['update/skipped'] == second['update/skipped'] == 0
+
+
+def test_filters_report_their_shares(plain, whole):
+  # Group 1 has no gradient to keep; on-policy nothing is clipped.
+  assert plain[1][0]['filters/clip_ratio/kept'] == 1
+  assert 0 < whole[1][0]['filters/clip_cov/mass'] < 1
+  tokens = evidence()
+  n = tokens.mask[:8].sum()
+  live = (tokens.mask & (tokens.advantage != 0))[:8].sum()
+  # Drawn among covariances above 0, tokens without advantage among them.
+  dropped = (1 - whole[1][0]['filters/clip_cov/kept']) * live
+  assert 0 < dropped <= n // 5 + 1e-3
+
+
+ADAM = optax.adam(1e-2)
+
+
+@pytest.fixture(scope='module')
+def adam():
+  """One inner step of all, two microbatches, and a state with a past."""
+  run = update.make_update(
+    CONFIG,
+    PPO,
+    ADAM,
+    inner_steps=1,
+    row_tokens=T,
+    rows=B,
+    microbatch_rows=4,
+    temperature=TEMPERATURE,
+  )
+  state, measured = run(start(PPO, ADAM), evidence(), jax.random.key(0))
+  assert measured[0]['update/skipped'] == 0
+  return run, jax.device_get(state)
+
+
+@pytest.mark.parametrize('value', [0.0, np.nan, np.inf])
+def test_batch_without_a_usable_gradient_changes_nothing(adam, value):
+  run, before = adam
+  advantage = np.array(evidence().advantage)
+  if value == 0:
+    advantage[:] = 0
+  else:
+    b, t = np.argwhere(evidence().mask)[-1]
+    advantage[b, t] = value
+  state = jax.tree.map(jnp.array, before)
+  after, measured = run(
+    state, evidence()._replace(advantage=advantage), jax.random.key(1)
+  )
+  assert measured[0]['update/skipped'] == 1
+  for a, b in zip(
+    jax.tree.leaves((after.params, after.optimizer)),
+    jax.tree.leaves((before.params, before.optimizer)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_other_contents_compile_nothing_anew(caplog):
+  run = update.make_update(
+    CONFIG,
+    optax.chain(clip_ratio(0.1, 0.1), token_mean()),
+    optax.sgd(0.5),
+    inner_steps=1,
+    row_tokens=40,
+    rows=8,
+    microbatch_rows=4,
+    temperature=TEMPERATURE,
+  )
+  tokens = evidence()
+  filters = optax.chain(clip_ratio(0.1, 0.1), token_mean())
+  compiled = []
+  state = start(filters, optax.sgd(0.5))
+  other = tokens._replace(
+    ids=tokens.ids[::-1].copy(),
+    mask=tokens.mask[::-1].copy(),
+    lengths=tokens.lengths[::-1].copy(),
+    advantage=-2 * tokens.advantage[::-1],
+  )
+  for contents in (tokens, other, other._replace(mask=~other.mask & False)):
+    caplog.clear()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+      state, _ = run(state, contents, jax.random.key(len(compiled)))
+    compiled.append(
+      sum('Compiling jit(inner_step)' in r.message for r in caplog.records)
+    )
+  assert compiled == [1, 0, 0]
+
+
+def test_rows_without_gradient_cost_no_microbatch():
+  # Rows 1, 3 and 4 of 5 in twos: (1, 3), (4, none), and no third.
+  order, trips = update._first(jnp.array([0, 1, 0, 1, 1], bool), 2)
+  np.testing.assert_array_equal(order, [1, 3, 4, 5, 5, 5])
+  assert trips == 2
+  _, trips = update._first(jnp.zeros(5, bool), 2)
+  assert trips == 0
+
+
+def test_rows_of_zero_variance_groups_never_reach_the_policy():
+  column = np.arange(6, dtype=np.int32)[:, None]
+  rows = Rows(column, 0 * column, 0 * column, 0 * column, 0 * column, column)
+  # d/dp of p · 10^row is 10^row, but NaN in rows 1 and 4.
+  slope = 10.0 ** np.arange(6)
+  slope[[1, 4]] = np.nan
+  slope = jnp.asarray(slope, jnp.float32)
+
+  def stats_of(p, rows):
+    return TokenStats(p * slope[rows.ids])
+
+  def pull(gradient):
+    gradient = jnp.array(gradient, jnp.float32)[:, None]
+    (total,) = update._pull_by_microbatch(
+      stats_of, jnp.float32(0), rows, 1, TokenStats(gradient)
+    )
+    return float(total)
+
+  # 1 · 1 + 2 · 100 + 3 · 100000
+  assert pull([1, 0, 2, 0, 0, 3]) == 300201
+  assert pull([0, 0, 0, 0, 0, 0]) == 0
+  assert np.isnan(pull([1, 1, 0, 0, 0, 0]))
