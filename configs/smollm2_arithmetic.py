@@ -23,7 +23,7 @@ from jax_rlvr.policy import smollm2_path
 from jax_rlvr.tasks import Arithmetic
 
 
-def get_config(lr=1e-5, **overrides) -> Config:
+def get_config(lr=2e-5, **overrides) -> Config:
   settings = dict(
     policy=smollm2_path(),
     tasks=(Arithmetic(),),

@@ -102,10 +102,13 @@ class Checkpoints:
 
 
 def abstract_like(state: Any) -> Any:
-  """ShapeDtypeStructs, with shardings, of a tree of arrays."""
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-  )
+  """ShapeDtypeStructs of a tree of arrays, with shardings where they have."""
+
+  def one(x):
+    sharding = getattr(x, 'sharding', None)  # Counters are host scalars.
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  return jax.tree.map(one, state)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

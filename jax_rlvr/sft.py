@@ -110,7 +110,7 @@ def warm_up(
   )
   if checkpoints.steps():
     state = checkpoints.restore(abstract_like(state))
-    if int(state.step) == settings.steps:
+    if int(state.step) >= settings.steps:
       yield state, jnp.float32(jnp.nan)
   for done in range(int(state.step), settings.steps):
     first = done * settings.batch_size

@@ -113,7 +113,7 @@ def _inner_step(
     pullback = functools.partial(
       _pull_by_microbatch, stats_of, params, packed, microbatch_rows
     )
-  token_grads, filter_state = token_gradients(
+  token_grads, next_filter_state = token_gradients(
     filters, stats, tokens, key=key, state=filter_state
   )
   (grads,) = pullback(token_grads)
@@ -130,10 +130,13 @@ def _inner_step(
     'ratio/max': masked.largest_value(jnp.exp(x), tokens.mask),
     'kl/old': masked.mean(jnp.expm1(x) - x, tokens.mask),
     'update/skipped': 1 - good.astype(jnp.int32),
-    **_reports(filter_state),
+    **_reports(next_filter_state),
   }
-  params = if_good(optax.apply_updates(params, steps), params)
-  return params, if_good(next_opt_state, opt_state), filter_state, measured
+  state = if_good(
+    (optax.apply_updates(params, steps), next_opt_state, next_filter_state),
+    (params, opt_state, filter_state),
+  )
+  return *state, measured
 
 
 def _touched(token_grads: TokenStats) -> jax.Array:

@@ -23,6 +23,14 @@ B, T = 16, 16
 PARAMS = jax.device_get(policy.init(CONFIG, jax.random.key(0)))
 
 
+@pytest.fixture(scope='module', autouse=True)
+def quick_compiles():
+  """These programs are large and their arrays tiny."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 @functools.cache
 def evidence():
   """A batch with the policy's own old numbers; group 1 has no variance."""
@@ -104,9 +112,7 @@ def plain():
   return moved(PPO)
 
 
-@pytest.mark.parametrize(
-  'row_tokens, microbatch_rows', [(T, 1), (T, 2), (T, 4), (40, 2), (40, 8)]
-)
+@pytest.mark.parametrize('row_tokens, microbatch_rows', [(T, 1), (40, 2)])
 def test_gradient_does_not_depend_on_the_cut(
   whole, row_tokens, microbatch_rows
 ):
@@ -122,7 +128,7 @@ def test_gradient_does_not_depend_on_the_cut(
 
 def test_gradient_on_eight_devices_is_that_on_one(whole):
   delta, measured = moved(
-    COV, row_tokens=40, microbatch_rows=8, mesh=layouts.make()
+    COV, row_tokens=T, microbatch_rows=4, mesh=layouts.make()
   )
   assert distance(delta, whole[0]) <= 1e-5
   for mine, theirs in zip(measured, whole[1], strict=True):

@@ -24,15 +24,16 @@ class _Operation(NamedTuple):
   answer: Callable[[int, int], int]
   low: int
   high: int
+  descending: bool = False  # the larger number always first
 
 
 # Ranges in which SmolLM2-135M-Instruct is right now and then.
 _OPERATIONS = {
   'add': _Operation('What is {} + {}?', operator.add, 0, 9),
-  'sub': _Operation('What is {} - {}?', operator.sub, 0, 9),
+  'sub': _Operation('What is {} - {}?', operator.sub, 0, 9, True),
   'mul': _Operation('What is {} times {}?', operator.mul, 0, 9),
   'gcd': _Operation(
-    'What is the greatest common divisor of {} and {}?', math.gcd, 1, 30
+    'Find the greatest common divisor of {} and {}.', math.gcd, 1, 30
   ),
   'max': _Operation('Which number is larger, {} or {}?', max, 0, 99),
 }
@@ -43,7 +44,8 @@ class Arithmetic:
   """Questions on two numbers; the last number of the completion must be right.
 
   For each operation a share of the number pairs, both orders of a pair
-  together, is asked in the test split only. In the train split every operation
+  together, is asked in the test split only; subtraction asks the larger number
+  first, so that no answer is negative. In the train split every operation
   is asked equally often: pairs of an operation that has fewer come up again.
 
   Transfer tasks are arguments: two-digit addition is
@@ -114,7 +116,7 @@ class Arithmetic:
     return float(right and not completion.truncated)
 
   def _range(self, operation: str) -> tuple[int, int]:
-    _, _, low, high = _OPERATIONS[operation]
+    low, high = _OPERATIONS[operation][2:4]
     return (
       low if self.low is None else self.low,
       high if self.high is None else self.high,
@@ -138,15 +140,16 @@ class Arithmetic:
         f'give another held_out than {self.held_out} or a wider range'
       )
     # dict.fromkeys drops the second of two equal orders.
+    orders = slice(1) if _OPERATIONS[operation].descending else slice(2)
     ordered = [
-      pair for a, b in pairs for pair in dict.fromkeys([(a, b), (b, a)])
+      pair for a, b in pairs for pair in dict.fromkeys([(b, a), (a, b)][orders])
     ]
     if split == 'test':
       ordered = ordered[: self.test_prompts]
     return [self._prompt(operation, a, b) for a, b in ordered]
 
   def _prompt(self, operation: str, a: int, b: int) -> Prompt:
-    question, answer, _, _ = _OPERATIONS[operation]
+    question, answer = _OPERATIONS[operation][:2]
     return Prompt(
       messages=user(question.format(a, b) + self.suffix),
       answer=str(answer(a, b)),

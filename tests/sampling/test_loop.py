@@ -119,10 +119,10 @@ def test_completion_stops_with_its_first_end_token(base):
 
 def test_end_ids_are_arguments_not_constants(params, base):
   before = sample._cache_size()
-  other = complete(params, end=np.array([7, 7], np.int32))
+  other = complete(params, end=np.array([13, 13], np.int32))
   warmer = complete(params, temperature=1.3)
   assert sample._cache_size() == before
-  assert (other.tokens.ids[written(other)] == 7).sum() == other.ended.sum() > 0
+  assert (other.tokens.ids[written(other)] == 13).sum() == other.ended.sum() > 0
   # Until the first end of either the two are one sequence.
   for place in np.ndindex(P, G):
     size = min(base.lengths[place], other.lengths[place])

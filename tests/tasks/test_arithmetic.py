@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from jax_rlvr.records import Completion
+from jax_rlvr.records import Completion, Prompt, user
 from jax_rlvr.tasks import Arithmetic
 
 
@@ -61,11 +61,11 @@ def test_prompts_never_change():
   # A change of these makes every published number of the task wrong.
   texts = [prompt.text for prompt in Arithmetic(suffix='').prompts('test')[:5]]
   assert texts == [
-    'What is 3 + 8?',
-    'What is 3 - 8?',
-    'What is 3 times 8?',
-    'What is the greatest common divisor of 13 and 13?',
-    'Which number is larger, 62 or 71?',
+    'What is 8 + 3?',
+    'What is 8 - 3?',
+    'What is 8 times 3?',
+    'Find the greatest common divisor of 13 and 13.',
+    'Which number is larger, 71 or 62?',
   ]
 
 
@@ -85,7 +85,14 @@ def test_answers_are_right(operation, function):
     _, a, b = prompt.id.split()
     assert prompt.answer == str(function(int(a), int(b)))
     assert a in prompt.text and b in prompt.text
-    assert prompt.text.endswith('? Answer with only the final answer.')
+    assert prompt.text.endswith(' Answer with only the final answer.')
+
+
+def test_subtraction_asks_the_larger_number_first():
+  task = Arithmetic(operations=('sub',))
+  prompts = task.prompts('train') + task.prompts('test')
+  assert len(prompts) == 55
+  assert all(int(prompt.answer) >= 0 for prompt in prompts)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +115,8 @@ def test_answers_are_right(operation, function):
 def test_reward_is_for_the_last_number_of_an_ended_text(
   text, truncated, reward
 ):
-  task = Arithmetic(operations=('sub',))
-  prompts = task.prompts('train') + task.prompts('test')
-  prompt = next(p for p in prompts if p.id == 'sub 3 7')
+  prompt = Prompt(messages=user('3 - 7'), answer='-4', task='arithmetic')
+  task = Arithmetic()
   completion = Completion(text=text, truncated=truncated)
   assert task.reward(prompt, completion) == reward
 

@@ -1,0 +1,213 @@
+"""What a run leaves on disk comes back as it was."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from jax_rlvr import checkpoint, policy
+from jax_rlvr import mesh as layouts
+from jax_rlvr.checkpoint import Checkpoints, abstract_like
+from jax_rlvr.config import ConfigError, Recipe
+from jax_rlvr.filters import clip_ratio, token_mean, tracked
+from jax_rlvr.records import TokenStats, TrainState
+from jax_rlvr.tasks import Addition, Arithmetic
+from tests.test_config import small
+
+CONFIG = small()
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+FILTERS = optax.chain(tracked('clip', clip_ratio()), token_mean())
+
+
+def made(step=3, mesh=None) -> TrainState:
+  """A state of a few steps: counts, moments and reports are not what they
+  were at the start."""
+  params = policy.init(CONFIG.policy, jax.random.key(step))
+  if mesh is not None:
+    params = layouts.place(mesh, params, layouts.TRAINING)
+  optimizer = OPTIMIZER.init(params)
+  _, optimizer = OPTIMIZER.update(params, optimizer)
+  filters = FILTERS.init(TokenStats(*jnp.zeros((2, 1, 1))))
+  filters = jax.tree.map(lambda x: x / 3, filters)
+  return TrainState(
+    jnp.int32(step), jnp.int32(8 * step), params, optimizer, filters
+  )
+
+
+def equal(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    assert x.dtype == y.dtype
+    np.testing.assert_array_equal(x, y)
+
+
+def test_state_comes_back_bit_for_bit_though_donated(tmp_path):
+  state = made(mesh=layouts.make())
+  saved = jax.tree.map(np.array, state)
+  abstract = abstract_like(state)
+  spoil = jax.jit(
+    lambda tree: jax.tree.map(lambda x: x * 0 + 7, tree), donate_argnums=0
+  )
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(state)
+    # At once, while the writer may still be at work.
+    for _ in range(3):
+      state = spoil(state)
+    jax.block_until_ready(state)
+    checkpoints.wait()
+    assert checkpoints.steps() == [3]
+    restored = checkpoints.restore(abstract)
+  equal(jax.device_get(restored), saved)
+  for x, want in zip(
+    jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True
+  ):
+    assert x.sharding == want.sharding
+
+
+def test_state_with_numpy_counters_comes_back(tmp_path):
+  # As the trainer holds them.
+  state = made()._replace(step=np.int32(3), cursor=np.int32(24))
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(state)
+    checkpoints.wait()
+    restored = checkpoints.restore(abstract_like(state))
+  assert (int(restored.step), int(restored.cursor)) == (3, 24)
+  equal(jax.device_get(restored.params), jax.device_get(state.params))
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Checkpoints of steps 3, 5 and 8, of which the newest two are kept; saved
+  from eight devices."""
+  folder = tmp_path_factory.mktemp('checkpoints')
+  with Checkpoints(folder, keep=2) as checkpoints:
+    for step in (3, 5, 8):
+      checkpoints.save(made(step, layouts.make()))
+  return folder
+
+
+def test_any_kept_step_is_restored_and_the_latest_by_default(folder):
+  abstract = abstract_like(made())
+  with Checkpoints(folder, keep=2) as checkpoints:
+    assert checkpoints.steps() == [5, 8]
+    # And onto one device, though eight saved it.
+    equal(
+      jax.device_get(checkpoints.restore(abstract)), jax.device_get(made(8))
+    )
+    older = checkpoints.restore_params(abstract.params, 5)
+    equal(jax.device_get(older), jax.device_get(made(5).params))
+
+
+def test_unknown_step_is_refused_with_those_there(folder, tmp_path):
+  abstract = abstract_like(made())
+  with Checkpoints(folder, keep=2) as checkpoints:
+    with pytest.raises(ConfigError, match='of step 3 in .*; there: 5, 8'):
+      checkpoints.restore(abstract, 3)
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(ConfigError, match='there: none'):
+      checkpoints.restore(abstract)
+
+
+def test_plain_orbax_restores_the_params(folder):
+  with ocp.StandardCheckpointer() as plain:
+    params = plain.restore(
+      folder / '8' / 'params', abstract_like(made().params)
+    )
+  equal(jax.device_get(params), jax.device_get(made(8).params))
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+  state = made()
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(state)
+  damaged = 0
+  for file in (tmp_path / '3' / 'params').rglob('*'):
+    if file.is_file() and file.stat().st_size > 1:
+      file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+      damaged += 1
+  assert damaged
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(ConfigError, match='cannot be read') as caught:
+      checkpoints.restore(abstract_like(state))
+  assert str(tmp_path / '3') in str(caught.value)
+  assert '\n' not in str(caught.value)
+
+
+def recipe(name='a.py', source='text', config=CONFIG, **overrides) -> Recipe:
+  return Recipe(config=config, name=name, source=source, overrides=overrides)
+
+
+def write(workdir, run):
+  c = run.config
+  checkpoint.write_manifest(workdir, run, c.policy, c.tokenizer)
+
+
+def test_manifest_comes_back(tmp_path):
+  tasks = (
+    Addition(digits=1, held_out=10, name='sums'),
+    Arithmetic(operations=('add', 'gcd')),
+  )
+  config = small(eval_tasks=tasks, eval_temperature=0.5, seed=4)
+  write(tmp_path / 'run', recipe(config=config, lr=1e-3))
+  manifest = checkpoint.read_manifest(tmp_path / 'run')
+  assert manifest.policy == CONFIG.policy
+  assert manifest.tokenizer == CONFIG.tokenizer
+  assert [dataclasses.asdict(t) for t in manifest.tasks] != []
+  assert manifest.tasks[0] == tasks[0]
+  for saved, task in zip(manifest.tasks, tasks, strict=True):
+    assert saved.name == task.name
+    assert list(saved.prompts('test'))[:5] == list(task.prompts('test'))[:5]
+  assert manifest.sampling['eval_temperature'] == 0.5
+  assert manifest.sampling['seed'] == 4
+  assert (tmp_path / 'run' / 'recipe.py').read_text() == 'text'
+
+
+def test_manifest_names_the_train_tasks_where_no_others_are_evaluated(tmp_path):
+  write(tmp_path, recipe())
+  assert checkpoint.read_manifest(tmp_path).tasks == CONFIG.tasks
+
+
+def test_more_steps_may_be_asked_of_a_run(tmp_path):
+  write(tmp_path, recipe(lr=1.0, steps=5))
+  write(tmp_path, recipe(lr=1.0, steps=9))
+  write(tmp_path, recipe(lr=1.0))
+
+
+@pytest.mark.parametrize(
+  'other',
+  [
+    recipe(name='b.py', lr=1.0),
+    recipe(lr=2.0),
+    recipe(lr=1.0, seed=1),
+    recipe(),
+    recipe(lr=1.0, source='edited'),
+  ],
+  ids=['name', 'value', 'added', 'removed', 'source'],
+)
+def test_work_directory_of_another_recipe_is_refused(tmp_path, other):
+  write(tmp_path, recipe(lr=1.0))
+  before = (tmp_path / 'manifest.json').read_text()
+  with pytest.raises(ConfigError, match=r'run of a.py:lr=1.0.*--workdir') as e:
+    write(tmp_path, other)
+  assert ('whose text was another' in str(e.value)) == (
+    other.source == 'edited'
+  )
+  assert (tmp_path / 'manifest.json').read_text() == before
+  assert (tmp_path / 'recipe.py').read_text() == 'text'
+
+
+def test_directory_without_a_run_is_refused(tmp_path):
+  with pytest.raises(ConfigError, match='holds no run'):
+    checkpoint.read_manifest(tmp_path)
+
+
+def test_task_that_is_gone_is_named(tmp_path):
+  write(tmp_path, recipe())
+  file = tmp_path / 'manifest.json'
+  file.write_text(file.read_text().replace(':Addition', ':Subtraction'))
+  with pytest.raises(ConfigError, match='addition:Subtraction of the run'):
+    checkpoint.read_manifest(tmp_path)
