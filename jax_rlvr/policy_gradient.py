@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -55,7 +56,12 @@ def token_gradients(
 
   Returns:
     dL/dstats, 0 outside the mask, and the chain's next state.
+
+  Raises:
+    AssertionError: stats and evidence are not of one shape.
   """
+  evidence = (tokens.mask, tokens.advantage, tokens.old_logprob)
+  chex.assert_equal_shape([*jax.tree.leaves(stats), *evidence])
   stats = jax.lax.stop_gradient(stats)
   chain: Any = optax.with_extra_args_support(filters)
   if state is None:

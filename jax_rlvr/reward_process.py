@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import io
 import itertools
+import json
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -63,7 +64,9 @@ class RewardProcess:
     """
     try:
       if self._connection.poll(deadline_s):
-        return self._connection.recv()
+        # JSON, not a pickle: what comes from there may not run code here.
+        reward, error = json.loads(self._connection.recv_bytes())
+        return reward, error
     except Exception as error:  # a reward may even have written into the pipe
       raise self._ended() from error
     raise TimeoutError(f'nothing within {deadline_s:g} s')
@@ -142,14 +145,18 @@ def serve(pipe: int, parent: int) -> None:
         try:
           tasks[name] = pickle.loads(task)
         except Exception as error:
-          connection.send((None, f'task {name!r}: {_one_line(error)}'))
+          _reply(connection, (None, f'task {name!r}: {_one_line(error)}'))
           return
-      connection.send((None, ''))
+      _reply(connection, (None, ''))
       while True:
         for payload in connection.recv():
-          connection.send(_judge(tasks, payload))
+          _reply(connection, _judge(tasks, payload))
     except (EOFError, OSError):
       return
+
+
+def _reply(connection, answer: tuple[float | None, str]) -> None:
+  connection.send_bytes(json.dumps(answer).encode())
 
 
 def _judge(

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = ' '.join(
@@ -19,7 +20,7 @@ import pytest  # noqa: E402
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update(
   'jax_compilation_cache_dir',
-  os.environ.get('JAX_RLVR_TEST_CACHE', '/tmp/jax_rlvr_test_cache'),
+  os.path.join(tempfile.gettempdir(), 'jax_rlvr_test_cache'),
 )
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 

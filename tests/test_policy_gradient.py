@@ -305,3 +305,14 @@ def test_chain_equals_ppo_with_an_entropy_bonus_as_one_writes_it():
   # Control: here the clip does act.
   unclipped = jax.grad(ppo)(weights, np.inf, np.inf)
   assert np.abs(unclipped - expected).max() > 1e-2
+
+
+def test_evidence_of_another_shape_is_refused():
+  tokens = Tokens(
+    mask=jnp.ones((2, 3), bool),
+    advantage=jnp.ones((2, 1)),
+    old_logprob=jnp.zeros((2, 3)),
+  )
+  stats = TokenStats(jnp.zeros((2, 3)), jnp.zeros((2, 3)))
+  with pytest.raises(AssertionError, match='shape'):
+    token_gradients(optax.identity(), stats, tokens)
