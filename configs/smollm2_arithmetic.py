@@ -30,7 +30,7 @@ def get_config(lr=2e-5, **overrides) -> Config:
     advantage=group_norm,
     filters=optax.chain(tracked('clip_ratio', clip_ratio()), token_mean()),
     optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lr)),
-    steps=40,
+    steps=20,
     prompts_per_step=16,
     group_size=8,
     # Eight completions of a prompt rarely take more than one row.

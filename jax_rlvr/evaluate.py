@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import rich.box
 import rich.console
 import rich.table
 
@@ -61,7 +62,8 @@ def run(
     )
     rollouts, failures = rollout.score(groups, scorers, on_progress)
     scores = metrics(rollouts, samples, getattr(task, 'extract', _text))
-    scores['unscorable'] = failures['reward/unscorable']
+    if failures['reward/unscorable']:
+      scores['unscorable'] = failures['reward/unscorable']
     measured |= {f'eval/{task.name}/{k}': x for k, x in scores.items()}
     everything += rollouts
   return measured, everything
@@ -137,8 +139,8 @@ def table(measured: dict[str, float]) -> rich.table.Table:
     if name.startswith('eval/'):
       _, task, measure = name.split('/', 2)
       tasks.setdefault(task, {})[measure] = value
-  columns = list(dict.fromkeys(m for row in tasks.values() for m in row))
-  out = rich.table.Table('task', *columns)
+  columns = dict.fromkeys(m for row in tasks.values() for m in row)
+  out = rich.table.Table('task', *columns, box=rich.box.SIMPLE, padding=0)
   for task, row in tasks.items():
     out.add_row(task, *(f'{row[m]:.3f}' if m in row else '' for m in columns))
   return out

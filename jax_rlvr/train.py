@@ -181,7 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(f'stopped and saved at step {state.step}; run again to go on')
     return 75
   console.print(
-    f'next: python -m jax_rlvr.evaluate --workdir {workdir} --samples 8'
+    f'next: python -m jax_rlvr.evaluate --workdir {workdir} --samples 8',
+    soft_wrap=True,
   )
   return 0
 

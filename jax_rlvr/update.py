@@ -42,7 +42,7 @@ def make_update(
 ) -> Callable[[TrainState, Tokens, jax.Array], tuple[TrainState, Measured]]:
   """Builds `update(state, tokens, key) -> (state, measured)`.
 
-  Tokens are host arrays. Params, optimizer and filter state are donated.
+  Tokens are host arrays. Params and optimizer state are donated.
   `measured` has one dict of scalars an inner step, still on the device.
 
   Args:
@@ -61,7 +61,7 @@ def make_update(
     token_stats, policy, temperature=temperature, remat=remat
   )
 
-  @functools.partial(jax.jit, donate_argnums=(0, 1, 2), static_argnums=(6,))
+  @functools.partial(jax.jit, donate_argnums=(0, 1), static_argnums=(6,))
   def inner_step(params, opt_state, filter_state, tokens, packed, key, first):
     return _inner_step(
       stats_of, filters, optimizer, microbatch_rows,

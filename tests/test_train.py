@@ -19,9 +19,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # A quickstart shrunk to one-digit sums: a minute on two cores.
 SMALL = (
-  'configs/quickstart.py:digits=1,held_out=20,warm_up_steps=60,warm_up_lr=1e-2,'
-  'steps=30,prompts_per_step=16,eval_every=30,eval_prompts=20,'
-  'checkpoint_every=5'
+  'configs/quickstart.py:digits=1,held_out=20,warm_up_steps=100,'
+  'warm_up_lr=5e-3,lr=3e-3,steps=30,prompts_per_step=32,eval_every=30,'
+  'eval_prompts=20,checkpoint_every=5'
 )
 
 
@@ -53,10 +53,11 @@ def test_small_quickstart_learns(straight):
   before, after = (
     row['eval/addition/avg@8'] for row in metrics.read(workdir / 'eval.jsonl')
   )
-  assert after >= before + 0.15
+  # Eighty pairs teach little of the twenty others, but something.
+  assert after >= before + 0.05
   rows = metrics.read(workdir / 'metrics.jsonl')
   rewards = [row['reward/mean'] for row in rows]
-  assert np.mean(rewards[-5:]) >= np.mean(rewards[:5]) + 0.1
+  assert np.mean(rewards[-5:]) >= np.mean(rewards[:5]) + 0.2
 
 
 def test_run_directory_holds_what_practitioners_expect(straight):
@@ -176,9 +177,9 @@ def test_sigterm_saves_and_leaves_with_75(tmp_path):
     ('configs/quickstart.py:lrr=1', 'did you mean lr'),
     ('configs/quickstart.py:temperature=-1', 'temperature=-1 must be'),
     ('configs/quickstart.py:max_prompt_tokens=5', 'has 6 tokens, more than'),
-    ('configs/quickstart.py:policy=nowhere.gguf', 'no model file nowhere.gguf'),
+    ("configs/quickstart.py:policy='no.gguf'", 'no model file no.gguf'),
     ('configs/quickstart.py:held_out=10000', 'leaves a split empty'),
-    ('configs/quickstart.py:max_completion_tokens=40', 'was made for 16'),
+    ('configs/quickstart.py:max_prompt_tokens=20', 'was made for 16'),
     ('configs/quickstart.py:fsdp=3', 'is not the 1 devices here'),
   ],
 )

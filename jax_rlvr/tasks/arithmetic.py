@@ -35,7 +35,7 @@ _OPERATIONS = {
   'gcd': _Operation(
     'Find the greatest common divisor of {} and {}.', math.gcd, 1, 30
   ),
-  'max': _Operation('Which number is larger, {} or {}?', max, 0, 99),
+  'max': _Operation('What is the larger of {} and {}?', max, 0, 99),
 }
 
 

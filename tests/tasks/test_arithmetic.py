@@ -65,7 +65,7 @@ def test_prompts_never_change():
     'What is 8 - 3?',
     'What is 8 times 3?',
     'Find the greatest common divisor of 13 and 13.',
-    'Which number is larger, 71 or 62?',
+    'What is the larger of 71 and 62?',
   ]
 
 
