@@ -35,7 +35,7 @@ def get_config(path=None, lr=1e-6, fraction=2e-3, **overrides) -> Config:
     inner_steps=2,
     microbatch_tokens=1280,
     row_tokens=640,
-    max_prompt_tokens=384,
+    max_prompt_tokens=272,
     max_completion_tokens=128,
     slots=16,
     eval_every=3,

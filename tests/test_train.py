@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -16,6 +17,15 @@ import pytest
 from jax_rlvr import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
+# One CPU device, and compilations shared among the runs.
+ENVIRONMENT = os.environ | {
+  'XLA_FLAGS': '',
+  'PYTHONPATH': str(ROOT),
+  'JAX_COMPILATION_CACHE_DIR': os.path.join(
+    tempfile.gettempdir(), 'jax_rlvr_test_cache'
+  ),
+  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+}
 
 # A quickstart shrunk to one-digit sums: a minute on two cores.
 SMALL = (
@@ -27,11 +37,10 @@ SMALL = (
 
 def run(*arguments, module='train', check=None):
   """Runs a command in a process of its own, on one CPU device."""
-  environment = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
   done = subprocess.run(
     [sys.executable, '-m', f'jax_rlvr.{module}', *map(str, arguments)],
     cwd=ROOT,
-    env=environment,
+    env=ENVIRONMENT,
     capture_output=True,
     text=True,
   )
@@ -118,12 +127,11 @@ def test_killed_run_ends_bit_identical_to_a_straight_one(straight, tmp_path):
   workdir, _ = straight
   killed = tmp_path / 'killed'
   command = [sys.executable, '-m', 'jax_rlvr.train', '--config', SMALL]
-  environment = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
   draw, kills = random.Random(), 0
   for _ in range(3):
     process = subprocess.Popen(
       [*command, '--workdir', str(killed)],
-      cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
+      cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     rows = killed / 'metrics.jsonl'
     start = len(metrics.read(rows)) if rows.exists() else 0
@@ -154,7 +162,7 @@ def test_sigterm_saves_and_leaves_with_75(tmp_path):
   process = subprocess.Popen(
     [sys.executable, '-m', 'jax_rlvr.train', '--config', SMALL,
      '--workdir', str(tmp_path)],
-    cwd=ROOT, env=os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)},
+    cwd=ROOT, env=ENVIRONMENT,
     stdout=subprocess.PIPE, text=True,
   )  # fmt: skip
   rows = tmp_path / 'metrics.jsonl'
