@@ -35,7 +35,7 @@ _OPERATIONS = {
   'gcd': _Operation(
     'Find the greatest common divisor of {} and {}.', math.gcd, 1, 30
   ),
-  'max': _Operation('What is the larger of {} and {}?', max, 0, 99),
+  'max': _Operation('What is the larger of {} and {}?', max, 0, 9),
 }
 
 
@@ -55,7 +55,7 @@ class Arithmetic:
     name: of the task.
     operations: of 'add', 'sub', 'mul', 'gcd' and 'max' (the larger of two).
     low, high: smallest and largest number; None for each operation's own: 0 to
-      9, for gcd 1 to 30, for max 0 to 99.
+      9, for gcd 1 to 30.
     held_out: share of the pairs kept for the test split, in (0, 1).
     test_prompts: at most so many of them are asked, for each operation.
     suffix: follows every question.

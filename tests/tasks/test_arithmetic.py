@@ -33,12 +33,11 @@ def test_splits_share_no_pair_in_either_order(task):
 def test_a_fifth_of_the_pairs_is_held_out():
   task = Arithmetic(test_prompts=10**6)
   test = _pairs(task, 'test')
-  # Unordered pairs of 0 … 9: 55. Of 1 … 30: 465. Of two different in 0 … 99:
-  # 4950.
+  # Unordered pairs of 0 … 9: 55. Of 1 … 30: 465. Of two different in 0 … 9: 45.
   counts = {operation: len(pairs) for operation, pairs in test.items()}
-  assert counts == {'add': 11, 'sub': 11, 'mul': 11, 'gcd': 93, 'max': 990}
+  assert counts == {'add': 11, 'sub': 11, 'mul': 11, 'gcd': 93, 'max': 9}
   train = _pairs(task, 'train')
-  assert len(train['add']) == 44 and len(train['max']) == 3960
+  assert len(train['add']) == 44 and len(train['max']) == 36
 
 
 def test_train_prompts_are_balanced_and_in_turns():
@@ -52,7 +51,7 @@ def test_test_prompts_are_unique_and_limited():
   ids = [prompt.id for prompt in Arithmetic(test_prompts=30).prompts('test')]
   counts = collections.Counter(id.split()[0] for id in ids)
   assert len(set(ids)) == len(ids)
-  assert counts['gcd'] == counts['max'] == 30
+  assert counts['gcd'] == 30 and counts['max'] == 18
   assert 11 < counts['add'] <= 22
 
 
@@ -65,7 +64,7 @@ def test_prompts_never_change():
     'What is 8 - 3?',
     'What is 8 times 3?',
     'Find the greatest common divisor of 13 and 13.',
-    'What is the larger of 71 and 62?',
+    'What is the larger of 7 and 4?',
   ]
 
 
