@@ -23,8 +23,8 @@ from jax_rlvr.tasks import Arithmetic, Mawps
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--mawps', required=True, help='folder of JSONL files')
-  parser.add_argument('--runs', type=pathlib.Path, nargs='+', required=True)
-  parser.add_argument('--prompts', type=int, default=64, help='per task')
+  parser.add_argument('--runs', type=pathlib.Path, nargs='*', default=[])
+  parser.add_argument('--prompts', type=int, default=32, help='per task')
   parser.add_argument('--samples', type=int, default=8)
   parser.add_argument('--json', type=pathlib.Path, required=True)
   arguments = parser.parse_args()
@@ -38,14 +38,20 @@ def main():
     policy=shape, tokenizer=tokenizer, mesh=mesh.make(), slots=128
   )
   abstract = policy.abstract_params(shape)
+  # What was measured before is kept: a run can be added later.
   scores = {}
+  if arguments.json.exists():
+    scores = json.loads(arguments.json.read_text())
   with Scorers(tasks) as scorers:
     for run in (None, *arguments.runs):
+      name = run.name if run else 'before'
+      if name in scores:
+        continue
       params = weights
       if run is not None:
         with checkpoint.Checkpoints(run / 'checkpoints') as saved:
           params = saved.restore_params(abstract)
-      scores[run.name if run else 'before'], _ = evaluate.run(
+      scores[name], _ = evaluate.run(
         actor,
         jax.device_put(params),
         tasks,
@@ -57,7 +63,7 @@ def main():
         max_completion_tokens=24,
       )
       arguments.json.write_text(json.dumps(scores, indent=2) + '\n')
-      print(run, scores[run.name if run else 'before'])
+      print(name, scores[name])
 
 
 if __name__ == '__main__':
