@@ -5,9 +5,9 @@ to 30 and larger-of-two in its chat template, in at most 24 tokens; the last
 number must be right and the end token must follow. Number pairs of the
 evaluation are held out of training.
 
-Hardware: two CPU cores and 12 GiB; about half an hour. Held-out pass@1 at
-temperature 1 goes from 0.1 to above 0.75 while entropy falls from 1.9 nats to
-a tenth; studies/smollm2 has the curves.
+Hardware: two CPU cores and 12 GiB; about 20 minutes. Held-out pass@1 at
+temperature 1 goes from 0.14 to 0.79 while entropy falls from 1.8 nats to
+nearly none; studies/smollm2 has the curves.
 
   pip install '.[smollm2]'
   python -m jax_rlvr.train --config configs/smollm2_arithmetic.py \
@@ -30,7 +30,7 @@ def get_config(lr=2e-5, **overrides) -> Config:
     advantage=group_norm,
     filters=optax.chain(tracked('clip_ratio', clip_ratio()), token_mean()),
     optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lr)),
-    steps=20,
+    steps=30,
     prompts_per_step=16,
     group_size=8,
     # Eight completions of a prompt rarely take more than one row.
