@@ -9,7 +9,7 @@ Alignment: index t of every [B, T] array speaks of the token AT t, so
 tokens include the end token.
 
 Host records are frozen dataclasses; device records are NamedTuples, hence
-pytrees. This module imports jax for types only: reward workers import it.
+pytrees. This module imports no jax: reward workers import it.
 """
 
 from __future__ import annotations
