@@ -56,22 +56,29 @@ def share(fraction, n, *, up: bool = False) -> Int[Array, '']:
   >>> int(share(0.3, 50, up=True)), int(share(2e-4, 2**31 - 1))
   (15, 429496)
   """
-  millionths = jnp.round(jnp.float32(fraction) * 1e6).astype(jnp.int32)
-  n = jnp.int32(n)
+  whole, millionths = _product(fraction, n)
+  return whole + (millionths > 0) if up else whole
+
+
+def _product(fraction, n):
+  """fraction · n as a whole part and millionths, both int32."""
+  fraction = jnp.round(jnp.float32(fraction) * 1e6).astype(jnp.int32)
+  n = jnp.asarray(n, jnp.int32)
   # n = 10⁶ a + 10³ b + c, so that no product below leaves int32.
   a, b, c = n // 1_000_000, n % 1_000_000 // 1_000, n % 1_000
-  units = millionths * c
-  thousands = millionths * b + units // 1_000
-  whole = millionths * a + thousands // 1_000
-  remainder = (thousands % 1_000 > 0) | (units % 1_000 > 0)
-  return whole + remainder if up else whole
+  units = fraction * c
+  thousands = fraction * b + units // 1_000
+  whole = fraction * a + thousands // 1_000
+  return whole, thousands % 1_000 * 1_000 + units % 1_000
 
 
 def largest(
   score: Float[Array, 'B T'],
   mask: Bool[Array, 'B T'],
-  count: Int[Array, ''],
+  count: Int[Array, ''] | Int[Array, 'B 1'],
   serial: UInt[Array, 'B T'],
+  *,
+  axis: int | None = None,
 ) -> Bool[Array, 'B T']:
   """Chooses the `count` largest scores of the mask, exactly.
 
@@ -84,38 +91,69 @@ def largest(
     mask: where choosing is allowed.
     count: how many, int32, may be traced; all if there are fewer.
     serial: uint32, distinct over the mask.
+    axis: None chooses in the whole batch; −1 in each row, `count` then is
+      [B, 1].
   """
   mask = mask & ~jnp.isnan(score)
   image = _ordered(score)
-  threshold = _kth_largest(image, mask, count)
+  threshold = _kth_largest(image, mask, count, axis)
   above = mask & (image > threshold)
   tied = mask & (image == threshold)
-  missing = count - jnp.sum(above, dtype=jnp.int32)
+  missing = count - _counted(above, axis)
   first = ~serial
-  return above | (
-    tied & (first >= _kth_largest(first, tied, missing)) & (missing > 0)
-  )
+  last = _kth_largest(first, tied, missing, axis)
+  return above | (tied & (first >= last) & (missing > 0))
 
 
-def quantile(x: Float[Array, 'B T'], mask: Bool[Array, 'B T'], q):
+def quantile(
+  x: Float[Array, 'B T'],
+  mask: Bool[Array, 'B T'],
+  q,
+  *,
+  axis: int | None = None,
+):
   """Linear-interpolation quantile over the mask, NaN where it is empty.
 
-  As `numpy.quantile` of the masked values; q in [0, 1], may be traced.
+  As `numpy.nanquantile` of the masked values.
+
+  Args:
+    x: any float32; NaN does not count.
+    mask: what counts.
+    q: in [0, 1], read to a millionth; may be traced.
+    axis: None for one quantile of the batch; −1 for one a row, [B, 1].
   """
-  n = count(mask)
-  rank = jnp.float32(q) * (n - 1).astype(jnp.float32)
-  below = jnp.floor(rank)
+  mask = mask & ~jnp.isnan(x)
+  n = _counted(mask, axis)
+  below, millionths = _product(q, jnp.maximum(n - 1, 0))
   image = _ordered(x)
 
   def at(rank_from_bottom):
-    k = n - rank_from_bottom.astype(jnp.int32)
-    return _from_ordered(_kth_largest(image, mask, jnp.clip(k, 1, n)))
+    k = jnp.maximum(n - rank_from_bottom, 1)
+    return _from_ordered(_kth_largest(image, mask, k, axis))
 
-  low, high = at(below), at(jnp.ceil(rank))
+  low, high = at(below), at(below + (millionths > 0))
+  weight = millionths / 1e6
   # Weights, not a step from low: from −inf no step leads anywhere but to NaN.
-  weight = rank - below
-  between = jnp.where(high == low, low, low * (1.0 - weight) + high * weight)
+  # Rounding must not lead out of the interval.
+  between = jnp.clip(low * (1.0 - weight) + high * weight, low, high)
+  between = jnp.where(low == high, low, between)
   return jnp.where(n > 0, between, jnp.nan)
+
+
+def top_mean(x: Float[Array, 'B T'], mask: Bool[Array, 'B T'], count):
+  """Mean of the `count` largest of the mask; 0 where there are none."""
+  mask = mask & ~jnp.isnan(x)
+  count = jnp.minimum(count, jnp.sum(mask, dtype=jnp.int32))
+  threshold = _from_ordered(_kth_largest(_ordered(x), mask, count, None))
+  above = mask & (x > threshold)
+  ties = count - jnp.sum(above, dtype=jnp.int32)
+  tied = jnp.where(ties > 0, ties * threshold, 0.0)
+  top = (total(x, above) + tied) / jnp.maximum(count, 1)
+  return jnp.where(count > 0, top, 0.0)
+
+
+def _counted(mask: jax.Array, axis: int | None) -> jax.Array:
+  return jnp.sum(mask, axis, dtype=jnp.int32, keepdims=axis is not None)
 
 
 def _ordered(x: jax.Array) -> jax.Array:
@@ -130,17 +168,16 @@ def _from_ordered(image: jax.Array) -> jax.Array:
   return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _kth_largest(image, mask, k):
+def _kth_largest(image, mask, k, axis):
   """The largest threshold that at least k images reach; 0 if fewer than k."""
+  k = jnp.asarray(k, jnp.int32)
 
   def refine(i, threshold):
-    raised = threshold | (jnp.uint32(1 << 31) >> i)
-    reached = jnp.sum(mask & (image >= raised), dtype=jnp.int32)
+    raised = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+    reached = _counted(mask & (image >= raised), axis)
     return jnp.where(reached >= k, raised, threshold)
 
-  return jax.lax.fori_loop(
-    0, 32, lambda i, t: refine(i.astype(jnp.uint32), t), jnp.uint32(0)
-  )
+  return jax.lax.fori_loop(0, 32, refine, jnp.zeros_like(k, jnp.uint32))
 
 
 def serial(tokens) -> UInt[Array, 'B T']:

@@ -15,12 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jax_rlvr.records import Tokens, TokenStats
-
-
-def log_ratio(stats: TokenStats, tokens: Tokens) -> jax.Array:
-  """logprob − old_logprob on the mask, 0 outside it."""
-  return jnp.where(tokens.mask, stats.logprob - tokens.old_logprob, 0.0)
+from jax_rlvr.evidence import log_ratio
+from jax_rlvr.records import Aggregated, Rescaled, Tokens, TokenStats
 
 
 def policy_gradient(stats: TokenStats, tokens: Tokens) -> TokenStats:
@@ -28,10 +24,8 @@ def policy_gradient(stats: TokenStats, tokens: Tokens) -> TokenStats:
 
   As with verl's clamp, the gradient is 0 where |log ratio| > 20.
   """
-  x = log_ratio(stats, tokens)
-  alive = tokens.mask & (jnp.abs(x) <= 20.0)
-  # Masked before exp: inf · 0 would be NaN.
-  ratio = jnp.exp(jnp.where(alive, x, 0.0))
+  alive = tokens.mask & (jnp.abs(stats.logprob - tokens.old_logprob) <= 20.0)
+  ratio = jnp.exp(log_ratio(stats, tokens))
   gradient = jnp.where(alive, -ratio * tokens.advantage, 0.0)
   silent = None if stats.entropy is None else jnp.zeros_like(stats.entropy)
   return TokenStats(gradient, silent)
@@ -59,6 +53,7 @@ def token_gradients(
 
   Raises:
     AssertionError: stats and evidence are not of one shape.
+    ValueError: a filter misses its evidence, or the chain contradicts itself.
   """
   evidence = (tokens.mask, tokens.advantage, tokens.old_logprob)
   chex.assert_equal_shape([*jax.tree.leaves(stats), *evidence])
@@ -66,8 +61,23 @@ def token_gradients(
   chain: Any = optax.with_extra_args_support(filters)
   if state is None:
     state = chain.init(stats)
+  _check_end(state)
   grads = policy_gradient(stats, tokens)
   return chain.update(grads, state, stats, tokens=tokens, key=key)
+
+
+def _check_end(state: Any) -> None:
+  """Refuses an aggregation that would undo a filter's own denominator."""
+
+  def has(kind):
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
+    return any(isinstance(node, kind) for node in nodes)
+
+  if has(Rescaled) and has(Aggregated):
+    raise ValueError(
+      'rescale=True divides by the selected tokens, which only token_mean() '
+      'goes with; end the chain with it or give rescale=False'
+    )
 
 
 def as_loss(filters: optax.GradientTransformation):

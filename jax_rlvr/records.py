@@ -195,3 +195,22 @@ class Tracked(NamedTuple):
 
   inner: Any
   report: dict[str, Array]
+
+
+class Report(NamedTuple):
+  """State of a filter that explains itself: scalars of its last update.
+
+  `scalars` maps names to float32; they become metrics where the filter, or a
+  chain around it, is tracked. `mark` is empty: its type says something.
+  """
+
+  scalars: dict[str, Array]
+  mark: Any = ()
+
+
+class Rescaled(NamedTuple):
+  """State of a filter that made the selected tokens the denominator."""
+
+
+class Aggregated(NamedTuple):
+  """State of an aggregation that is not a mean over tokens."""

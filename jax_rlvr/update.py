@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jax_rlvr import masked
+from jax_rlvr import evidence
 from jax_rlvr.packing import pack
 from jax_rlvr.policy import PolicyConfig
-from jax_rlvr.policy_gradient import log_ratio, token_gradients
+from jax_rlvr.policy_gradient import token_gradients
 from jax_rlvr.records import Rows, Tokens, TokenStats, Tracked, TrainState
 from jax_rlvr.token_stats import token_stats
 
@@ -124,12 +124,10 @@ def _inner_step(
   def if_good(new, old):
     return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
-  x = log_ratio(stats, tokens)
   measured = {
     'grad_norm': grad_norm,
-    'ratio/max': masked.largest_value(jnp.exp(x), tokens.mask),
-    'kl/old': masked.mean(jnp.expm1(x) - x, tokens.mask),
     'update/skipped': 1 - good.astype(jnp.int32),
+    **evidence.summary(stats, tokens),
     **_reports(next_filter_state),
   }
   state = if_good(

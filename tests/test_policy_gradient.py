@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from jax_rlvr.evidence import log_ratio
 from jax_rlvr.filters import (
   clip_ratio,
   entropy_bonus,
@@ -16,7 +17,6 @@ from jax_rlvr.filters import (
 )
 from jax_rlvr.policy_gradient import (
   as_loss,
-  log_ratio,
   policy_gradient,
   token_gradients,
 )

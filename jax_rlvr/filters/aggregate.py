@@ -9,12 +9,14 @@ import jax.numpy as jnp
 
 from jax_rlvr import masked
 from jax_rlvr.filters.base import Filter, scale, stateless
+from jax_rlvr.records import Aggregated
 
 
 def token_mean() -> Filter:
   """Every completion token of the batch weighs the same: Σ / N.
 
   Reads: mask. Writes: both leaves. Kind: aggregation; no neutral setting.
+  Defaults: none. DAPO's; verl's `token-mean`, TRL's `dapo`.
 
   >>> filters = optax.chain(clip_ratio(), token_mean())
   """
@@ -30,6 +32,7 @@ def sequence_mean_token_mean() -> Filter:
   """Every sequence weighs the same, whatever its length: GRPO as published.
 
   Reads: mask. Writes: both leaves. Kind: aggregation; no neutral setting.
+  Defaults: none. verl's `seq-mean-token-mean`, TRL's `grpo`.
 
   >>> filters = optax.chain(clip_ratio(), sequence_mean_token_mean())
   """
@@ -39,7 +42,7 @@ def sequence_mean_token_mean() -> Filter:
     length = jnp.maximum(jnp.sum(tokens.mask, -1, keepdims=True), 1)
     return scale(grads, 1.0 / length / _rows(tokens))
 
-  return stateless(body)
+  return stateless(body, Aggregated())
 
 
 def sequence_mean_token_sum(length=1.0) -> Filter:
@@ -49,6 +52,9 @@ def sequence_mean_token_sum(length=1.0) -> Filter:
     length: the constant, tokens: the completion budget, or 1 for plain sums.
 
   Reads: mask. Writes: both leaves. Kind: aggregation; no neutral setting.
+  Defaults: length 1.0: REINFORCE over whole sequences. Dr. GRPO takes its
+  completion budget, 3000 tokens; verl's `seq-mean-token-sum-norm`, TRL's
+  `dr_grpo`.
 
   >>> filters = optax.chain(clip_ratio(), sequence_mean_token_sum(1024))
   """
@@ -58,7 +64,30 @@ def sequence_mean_token_sum(length=1.0) -> Filter:
     # Two divisions: length · rows may leave int32.
     return scale(grads, 1.0 / length / _rows(tokens))
 
-  return stateless(body)
+  return stateless(body, Aggregated())
+
+
+def token_sum(constant) -> Filter:
+  """Σ over the completion tokens of the batch, over a constant.
+
+  The one aggregation whose size follows the batch's: for trainers that
+  normalise by a budget of their own.
+
+  Args:
+    constant: tokens.
+
+  Reads: nothing. Writes: both leaves. Kind: aggregation; 1 makes it the
+  identity.
+  Defaults: none.
+
+  >>> filters = optax.chain(clip_ratio(), token_sum(65_536))
+  """
+
+  def body(grads, stats, tokens, key):
+    del stats, tokens, key
+    return scale(grads, 1.0 / constant)
+
+  return stateless(body, Aggregated())
 
 
 def _rows(tokens):

@@ -17,26 +17,29 @@ import jax
 import jax.numpy as jnp
 
 from jax_rlvr import masked
-from jax_rlvr.filters.base import Filter, keep, stateless
-from jax_rlvr.policy_gradient import log_ratio
-from jax_rlvr.records import Tokens, TokenStats
-
-
-def covariance(stats: TokenStats, tokens: Tokens) -> jax.Array:
-  """(logprob − mean logprob)(advantage − mean advantage), [B, T]; Eq. 10.
-
-  Means over the completion tokens of the batch; nats × advantage; 0 outside
-  the mask.
-  """
-  logprob = stats.logprob - masked.mean(stats.logprob, tokens.mask)
-  advantage = tokens.advantage - masked.mean(tokens.advantage, tokens.mask)
-  return jnp.where(tokens.mask, logprob * advantage, 0.0)
+from jax_rlvr.evidence import covariance, log_ratio
+from jax_rlvr.filters.base import Filter, keep, reporting
 
 
 def _chosen_count(fraction, mask, at_least_one):
   n = masked.share(fraction, masked.count(mask))
   floor = jnp.where(jnp.logical_and(at_least_one, fraction > 0), 1, 0)
   return jnp.maximum(n, floor)
+
+
+def _described(chosen, stats, tokens):
+  """Who was selected: share of tokens, share below the mean, probability."""
+  mean = masked.mean(tokens.advantage, tokens.mask)
+  below = chosen & (tokens.advantage < mean)
+  selected = masked.count(chosen)
+  return {
+    'selected': selected / jnp.maximum(masked.count(tokens.mask), 1),
+    'below_mean': masked.count(below) / jnp.maximum(selected, 1),
+    'probability': masked.mean(jnp.exp(stats.logprob), chosen),
+  }
+
+
+_DESCRIPTION = 'selected', 'below_mean', 'probability'
 
 
 def clip_cov(fraction=2e-4, lower=1.0, upper=5.0, at_least_one=True) -> Filter:
@@ -54,7 +57,12 @@ def clip_cov(fraction=2e-4, lower=1.0, upper=5.0, at_least_one=True) -> Filter:
 
   Reads: logprob, advantage, serial, key. Writes: both leaves. Kind: mask.
   Alive: completion tokens that no earlier filter has silenced; zero-advantage
-  tokens are, as in the authors' code.
+  tokens are, as in the authors' code, and those beyond 20 nats of log ratio,
+  whose gradient is 0 already, are not. Reports: the share of tokens `selected`,
+  the share of those with an advantage `below_mean`, their mean `probability`.
+  Defaults: fraction 2e-4, lower 1.0, upper 5.0: Entropy Mechanism §4.3. At
+  least one, an open band and clip_ratio(1, 1) before it: the authors' code;
+  the paper has ⌊fraction · N⌋, a closed band and no ratio clip.
 
   >>> filters = optax.chain(clip_ratio(1.0, 1.0), clip_cov(), token_mean())
   """
@@ -69,15 +77,19 @@ def clip_cov(fraction=2e-4, lower=1.0, upper=5.0, at_least_one=True) -> Filter:
     n = _chosen_count(fraction, tokens.mask, at_least_one)
     serial = masked.serial(tokens)
     lots = _uniform(jax.random.fold_in(key, stream), serial)
-    return keep(grads, ~masked.largest(lots, band, n, serial))
+    chosen = masked.largest(lots, band, n, serial)
+    return keep(grads, ~chosen), _described(chosen, stats, tokens)
 
-  return stateless(body)
+  return reporting(body, *_DESCRIPTION)
 
 
 def _uniform(key, serial):
   """One draw in [0, 1) per serial number, wherever the token lies."""
-  draw = jax.vmap(lambda s: jax.random.uniform(jax.random.fold_in(key, s)))
-  return draw(serial.reshape(-1)).reshape(serial.shape)
+
+  def draw(number):
+    return jax.random.uniform(jax.random.fold_in(key, number))
+
+  return jax.vmap(jax.vmap(draw))(serial)
 
 
 _PENALTY_GRADIENTS = {
@@ -104,7 +116,10 @@ def kl_cov(fraction=2e-3, coef=1.0, penalty='abs', at_least_one=True) -> Filter:
     at_least_one: penalise one even where fraction · N < 1.
 
   Reads: logprob, old_logprob, advantage, serial. Writes: logprob.
-  Kind: penalty.
+  Kind: penalty. Reports: as clip_cov.
+  Defaults: fraction 2e-3 (7B; 2e-4 for 32B), coef 1.0: Entropy Mechanism §4.3;
+  verl's own defaults are 2e-4 and 0.1. The paper writes a full KL; |x| and at
+  least one are the authors' code.
 
   >>> filters = optax.chain(kl_cov(fraction=2e-3), token_mean())
   """
@@ -119,8 +134,9 @@ def kl_cov(fraction=2e-3, coef=1.0, penalty='abs', at_least_one=True) -> Filter:
     n = _chosen_count(fraction, tokens.mask, at_least_one)
     cov = covariance(stats, tokens)
     chosen = masked.largest(cov, tokens.mask, n, masked.serial(tokens))
-    x = jnp.clip(log_ratio(stats, tokens), -20.0, 20.0)
-    pull = jnp.where(chosen, coef * gradient(x), 0.0)
-    return grads._replace(logprob=grads.logprob + pull)
+    pull = coef * gradient(log_ratio(stats, tokens))
+    pulled = grads.logprob + jnp.where(chosen, pull, 0.0)
+    described = _described(chosen, stats, tokens)
+    return grads._replace(logprob=pulled), described
 
-  return stateless(body)
+  return reporting(body, *_DESCRIPTION)

@@ -9,10 +9,10 @@ import optax
 import pytest
 
 from jax_rlvr import advantages
+from jax_rlvr.evidence import covariance
 from jax_rlvr.filters import (
   clip_cov,
   clip_ratio,
-  covariance,
   entropy_bonus,
   kl_cov,
   token_mean,

@@ -1,0 +1,70 @@
+"""What stats and tokens say of a batch, for filters and for metrics."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jax_rlvr import masked
+from jax_rlvr.records import Tokens, TokenStats
+
+
+def log_ratio(stats: TokenStats, tokens: Tokens) -> jax.Array:
+  """logprob − old_logprob, [B, T], nats; 0 outside the mask.
+
+  Held to ±20, as verl does, so that its exp is finite; 0 where both are −inf.
+  """
+  return bounded(stats.logprob - tokens.old_logprob, tokens.mask)
+
+
+def bounded(x: jax.Array, mask: jax.Array) -> jax.Array:
+  """A difference of log-probabilities, held to ±20; 0 where NaN or masked."""
+  return jnp.clip(jnp.where(mask & ~jnp.isnan(x), x, 0.0), -20.0, 20.0)
+
+
+def covariance(stats: TokenStats, tokens: Tokens) -> jax.Array:
+  """(logprob − mean logprob)(advantage − mean advantage), [B, T].
+
+  Equation 10 of Cui et al., `The Entropy Mechanism
+  <https://arxiv.org/abs/2505.22617>`_, 2025: its mean is the rate at which a
+  natural policy gradient lowers the entropy. Means over the completion tokens
+  of the batch, those of logprob −inf aside; nats × advantage; 0 outside the
+  mask.
+  """
+  finite = tokens.mask & jnp.isfinite(stats.logprob)
+  logprob = stats.logprob - masked.mean(stats.logprob, finite)
+  advantage = tokens.advantage - masked.mean(tokens.advantage, tokens.mask)
+  product = jnp.where(advantage == 0, 0.0, logprob * advantage)
+  return jnp.where(tokens.mask, product, 0.0)
+
+
+def summary(stats: TokenStats, tokens: Tokens) -> dict[str, jax.Array]:
+  """Scalars that explain an inner step, before its weights move.
+
+  * `ratio/max`, and `kl/old`: k3 estimate of KL(old ‖ current), nats.
+  * `covariance/mean`, and `covariance/top_…`: mean covariance of that share of
+    the tokens, as in Table 1 of the Entropy Mechanism.
+  * `entropy/p50`, `p80`, `p95`: percentiles of token entropy, nats; the 80th
+    is where the 80/20 paper cuts.
+  """
+  mask = tokens.mask
+  x = log_ratio(stats, tokens)
+  cov = covariance(stats, tokens)
+  n = masked.count(mask)
+  shares = (2e-4, 2e-3, 2e-2, 0.2, 0.5)
+  counts = jnp.stack([jnp.maximum(masked.share(s, n), 1) for s in shares])
+  tops = jax.vmap(lambda count: masked.top_mean(cov, mask, count))(counts)
+  scalars = {
+    'ratio/max': masked.largest_value(jnp.exp(x), mask),
+    'kl/old': masked.mean(jnp.expm1(x) - x, mask),
+    'covariance/mean': masked.mean(cov, mask),
+    **{f'covariance/top_{s:g}': tops[i] for i, s in enumerate(shares)},
+  }
+  if stats.entropy is not None:
+    percents = (50, 80, 95)
+    values = jax.vmap(lambda q: masked.quantile(stats.entropy, mask, q))(
+      jnp.array(percents) / 100
+    )
+    values = jnp.where(n > 0, values, 0.0)
+    scalars |= {f'entropy/p{p}': values[i] for i, p in enumerate(percents)}
+  return scalars
