@@ -84,6 +84,9 @@ def batch_norm(rewards, valid, lengths, *, eps: float = 1e-8):
 def group_mean_batch_norm(rewards, valid, lengths, *, eps: float = 1e-8):
   """REINFORCE++-baseline: reward − group mean, whitened over all tokens.
 
+  Whitening takes a mean over tokens off once more, so that a group of equal
+  rewards may keep a small advantage, the same for all of it.
+
   Defaults: eps 1e-8: verl.
 
   Reference: Hu et al., `REINFORCE++ <https://arxiv.org/abs/2501.03262>`_, 2025.

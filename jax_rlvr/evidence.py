@@ -43,7 +43,7 @@ def summary(stats: TokenStats, tokens: Tokens) -> dict[str, jax.Array]:
 
   * `ratio/max`, and `kl/old`: k3 estimate of KL(old ‖ current), nats.
   * `covariance/mean`, and `covariance/top_…`: mean covariance of that share of
-    the tokens, as in Table 1 of the Entropy Mechanism.
+    the tokens, as in Table 1 of the Entropy Mechanism; finite ones only.
   * `entropy/p50`, `p80`, `p95`: percentiles of token entropy, nats; the 80th
     is where the 80/20 paper cuts.
   """
@@ -53,11 +53,12 @@ def summary(stats: TokenStats, tokens: Tokens) -> dict[str, jax.Array]:
   n = masked.count(mask)
   shares = (2e-4, 2e-3, 2e-2, 0.2, 0.5)
   counts = jnp.stack([jnp.maximum(masked.share(s, n), 1) for s in shares])
-  tops = jax.vmap(lambda count: masked.top_mean(cov, mask, count))(counts)
+  finite = mask & jnp.isfinite(cov)
+  tops = jax.vmap(lambda count: masked.top_mean(cov, finite, count))(counts)
   scalars = {
     'ratio/max': masked.largest_value(jnp.exp(x), mask),
     'kl/old': masked.mean(jnp.expm1(x) - x, mask),
-    'covariance/mean': masked.mean(cov, mask),
+    'covariance/mean': masked.mean(cov, finite),
     **{f'covariance/top_{s:g}': tops[i] for i, s in enumerate(shares)},
   }
   if stats.entropy is not None:

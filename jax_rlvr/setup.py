@@ -30,6 +30,7 @@ from jax_rlvr import (
 from jax_rlvr import mesh as layouts
 from jax_rlvr.checkpoint import Checkpoints
 from jax_rlvr.config import Config, ConfigError, WarmUp
+from jax_rlvr.policy_gradient import token_gradients
 from jax_rlvr.prng import Stream
 from jax_rlvr.records import Prompt, TokenStats, TrainState
 from jax_rlvr.update import make_update
@@ -78,6 +79,7 @@ def prepare(spec: str, workdir: pathlib.Path, console: Console) -> Setup:
       f'max_prompt_tokens + max_completion_tokens = {c.sequence_tokens}, '
       f'but the policy was made for {shape.max_tokens}; lower one of them'
     )
+  _check_filters(c)
   for task in c.eval_tasks or c.tasks:
     _checked(task, 'test', tokenizer, None)
   prompts = [
@@ -93,6 +95,23 @@ def prepare(spec: str, workdir: pathlib.Path, console: Console) -> Setup:
   )
   checkpoint.write_manifest(workdir, recipe, shape, tokenizer)
   return Setup(c, actor, prompts, pretrained, workdir, console)
+
+
+def _check_filters(c: Config) -> None:
+  """Traces the chain on the shapes it will see: what it lacks shows here."""
+  nothing = rollout.tokens([], np.zeros(0), c.sequence_tokens)
+  sequences = c.prompts_per_step // c.inner_steps * c.group_size
+  tokens = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((sequences, *x.shape[1:]), x.dtype), nothing
+  )
+  stats = TokenStats(tokens.old_logprob, tokens.old_entropy)
+  jax.eval_shape(
+    lambda stats, tokens: token_gradients(
+      c.filters, stats, tokens, key=jax.random.key(0)
+    ),
+    stats,
+    tokens,
+  )
 
 
 def _checked(task, split, tokenizer, limit) -> Sequence[Prompt]:

@@ -1,9 +1,13 @@
 """Filters of token gradients: optax transformations, one file per evidence.
 
-`ALL` is the menu: each public filter's name and factory, in the order in which
-a chain would have them.
+`ALL` is the menu: name and factory of every filter that is imported here; the
+tools of `base` are none. A new filter joins by its import.
 """
 
+import inspect
+
+from jax_rlvr.filters import base
+from jax_rlvr.filters import recipes as recipes
 from jax_rlvr.filters.aggregate import (
   sequence_mean_token_mean as sequence_mean_token_mean,
 )
@@ -32,25 +36,9 @@ from jax_rlvr.filters.ratio import gspo as gspo
 from jax_rlvr.policy_gradient import policy_gradient as policy_gradient
 
 ALL = {
-  factory.__name__: factory
-  for factory in (
-    gspo,
-    gmpo,
-    cispo,
-    clip_ratio,
-    clip_cov,
-    kl_cov,
-    forking_tokens,
-    entropy_above,
-    tis,
-    icepop,
-    sequence_mask,
-    opsm,
-    entropy_bonus,
-    kl_penalty,
-    token_mean,
-    sequence_mean_token_mean,
-    sequence_mean_token_sum,
-    token_sum,
-  )
+  name: value
+  for name, value in tuple(globals().items())
+  if inspect.isfunction(value)
+  and value.__module__.startswith(f'{__name__}.')
+  and value.__module__ != base.__name__
 }

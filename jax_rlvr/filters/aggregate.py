@@ -15,10 +15,15 @@ from jax_rlvr.records import Aggregated
 def token_mean() -> Filter:
   """Every completion token of the batch weighs the same: Σ / N.
 
-  Reads: mask. Writes: both leaves. Kind: aggregation; no neutral setting.
-  Defaults: none. DAPO's; verl's `token-mean`, TRL's `dapo`.
+  DAPO's; verl's `token-mean`, TRL's `dapo`.
+
+  Reads: mask. Writes: both leaves. Kind: aggregation.
+  Neutral: none; dividing is what it is for.
+  Defaults: none.
 
   >>> filters = optax.chain(clip_ratio(), token_mean())
+
+  Reference: Yu et al., `DAPO <https://arxiv.org/abs/2503.14476>`_, 2025.
   """
 
   def body(grads, stats, tokens, key):
@@ -31,10 +36,16 @@ def token_mean() -> Filter:
 def sequence_mean_token_mean() -> Filter:
   """Every sequence weighs the same, whatever its length: GRPO as published.
 
-  Reads: mask. Writes: both leaves. Kind: aggregation; no neutral setting.
-  Defaults: none. verl's `seq-mean-token-mean`, TRL's `grpo`.
+  verl's `seq-mean-token-mean`, TRL's `grpo`.
+
+  Reads: mask. Writes: both leaves. Kind: aggregation.
+  Neutral: none; dividing is what it is for.
+  Defaults: none.
 
   >>> filters = optax.chain(clip_ratio(), sequence_mean_token_mean())
+
+  Reference: Shao et al., `DeepSeekMath <https://arxiv.org/abs/2402.03300>`_,
+  2024.
   """
 
   def body(grads, stats, tokens, key):
@@ -48,15 +59,20 @@ def sequence_mean_token_mean() -> Filter:
 def sequence_mean_token_sum(length=1.0) -> Filter:
   """Mean over sequences of token sums over a constant: Dr. GRPO.
 
+  verl's `seq-mean-token-sum-norm`, TRL's `dr_grpo`.
+
   Args:
     length: the constant, tokens: the completion budget, or 1 for plain sums.
 
-  Reads: mask. Writes: both leaves. Kind: aggregation; no neutral setting.
+  Reads: mask. Writes: both leaves. Kind: aggregation.
+  Neutral: none; dividing is what it is for.
   Defaults: length 1.0: REINFORCE over whole sequences. Dr. GRPO takes its
-  completion budget, 3000 tokens; verl's `seq-mean-token-sum-norm`, TRL's
-  `dr_grpo`.
+  completion budget, 3000 tokens.
 
   >>> filters = optax.chain(clip_ratio(), sequence_mean_token_sum(1024))
+
+  Reference: Liu et al., `Understanding R1-Zero-Like Training
+  <https://arxiv.org/abs/2503.20783>`_, 2025.
   """
 
   def body(grads, stats, tokens, key):
@@ -76,8 +92,8 @@ def token_sum(constant) -> Filter:
   Args:
     constant: tokens.
 
-  Reads: nothing. Writes: both leaves. Kind: aggregation; 1 makes it the
-  identity.
+  Reads: nothing. Writes: both leaves. Kind: aggregation.
+  Neutral: constant 1.
   Defaults: none.
 
   >>> filters = optax.chain(clip_ratio(), token_sum(65_536))

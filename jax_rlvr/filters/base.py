@@ -164,14 +164,24 @@ def per_microbatch(tx: optax.GradientTransformation, rows: int) -> Filter:
     keys = None if key is None else jax.random.split(key, batch // rows)
     grads, states = jax.vmap(one)(cut(updates), cut(params), cut(tokens), keys)
     grads = jax.tree.map(lambda g: g.reshape(batch, *g.shape[2:]), grads)
-    return grads, jax.tree.map(
-      lambda node: jax.tree.map(
-        (lambda x: x.mean(0)) if isinstance(node, Report) else lambda x: x[0],
-        node,
-      ),
-      states,
-      is_leaf=lambda node: isinstance(node, Report),
-    )
+    return grads, _joined(states)
 
   # pyrefly: ignore[bad-argument-type]: tokens is required, by design.
   return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def _joined(states: Any) -> Any:
+  """The states of the microbatches as one."""
+
+  def mean(tree):
+    return jax.tree.map(lambda x: x.mean(0), tree)
+
+  def join(node):
+    if isinstance(node, Report):
+      return mean(node)
+    if isinstance(node, Tracked):
+      return Tracked(_joined(node.inner), mean(node.report))
+    return node[0]
+
+  kinds = Report, Tracked
+  return jax.tree.map(join, states, is_leaf=lambda x: isinstance(x, kinds))

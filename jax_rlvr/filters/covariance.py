@@ -47,24 +47,29 @@ def clip_cov(fraction=2e-4, lower=1.0, upper=5.0, at_least_one=True) -> Filter:
 
   Of the tokens alive with lower < covariance < upper, ⌊fraction · N⌋ are drawn
   at random without replacement and silenced; N counts all completion tokens,
-  and stays the denominator.
+  and stays the denominator. Alive are completion tokens that no earlier filter
+  has silenced: zero-advantage tokens are, as in the authors' code, and those
+  beyond 20 nats of log ratio, whose gradient is 0 already, are not.
 
   Args:
-    fraction: share of the completion tokens to drop, in [0, 1]; 0 makes it the
-      identity.
+    fraction: share of the completion tokens to drop, in [0, 1].
     lower, upper: edges of the band, open, nats × advantage.
     at_least_one: drop one even where fraction · N < 1, as the authors do.
 
   Reads: logprob, advantage, serial, key. Writes: both leaves. Kind: mask.
-  Alive: completion tokens that no earlier filter has silenced; zero-advantage
-  tokens are, as in the authors' code, and those beyond 20 nats of log ratio,
-  whose gradient is 0 already, are not. Reports: the share of tokens `selected`,
-  the share of those with an advantage `below_mean`, their mean `probability`.
+  Neutral: fraction 0.
+  Reports: the share of tokens `selected`, the share of those with an advantage
+  `below_mean`, their mean `probability`.
   Defaults: fraction 2e-4, lower 1.0, upper 5.0: Entropy Mechanism §4.3. At
   least one, an open band and clip_ratio(1, 1) before it: the authors' code;
   the paper has ⌊fraction · N⌋, a closed band and no ratio clip.
+  Differs from the authors' code: chosen in the whole inner batch, not in each
+  microbatch of each device.
 
   >>> filters = optax.chain(clip_ratio(1.0, 1.0), clip_cov(), token_mean())
+
+  Reference: Cui et al., `The Entropy Mechanism
+  <https://arxiv.org/abs/2505.22617>`_, 2025.
   """
   stream = zlib.crc32(b'clip_cov')
 
@@ -110,18 +115,24 @@ def kl_cov(fraction=2e-3, coef=1.0, penalty='abs', at_least_one=True) -> Filter:
 
   Args:
     fraction: share of the completion tokens to penalise, in [0, 1].
-    coef: weight of the penalty, advantage per nat; 0 makes it the identity.
+    coef: weight of the penalty, advantage per nat.
     penalty: with x = logprob − old_logprob: 'abs' |x|, as the authors run;
       'k2' x²/2; 'k3' eˣ − 1 − x.
     at_least_one: penalise one even where fraction · N < 1.
 
   Reads: logprob, old_logprob, advantage, serial. Writes: logprob.
-  Kind: penalty. Reports: as clip_cov.
+  Kind: penalty. Neutral: coef 0.
+  Reports: as `clip_cov`.
   Defaults: fraction 2e-3 (7B; 2e-4 for 32B), coef 1.0: Entropy Mechanism §4.3;
   verl's own defaults are 2e-4 and 0.1. The paper writes a full KL; |x| and at
   least one are the authors' code.
+  Differs from the authors' code: chosen in the whole inner batch, not in each
+  microbatch of each device.
 
   >>> filters = optax.chain(kl_cov(fraction=2e-3), token_mean())
+
+  Reference: Cui et al., `The Entropy Mechanism
+  <https://arxiv.org/abs/2505.22617>`_, 2025.
   """
   if penalty not in _PENALTY_GRADIENTS:
     raise ValueError(

@@ -30,13 +30,14 @@ def kl_penalty(coef=0.04, value='k3', gradient='k3') -> Filter:
   KL's own, that of k3 is that of KL(reference ‖ current).
 
   Args:
-    coef: weight of the penalty, advantage per nat; 0 makes it the identity.
+    coef: weight of the penalty, advantage per nat.
     value: the estimator whose mean is reported.
     gradient: the estimator that is differentiated; 'k2' under value 'k3' is
       what verl calls k3+.
 
-  Reads: logprob, ref_logprob. Writes: logprob. Kind: penalty. Reports: `kl`,
-  nats, its mean over the completion tokens.
+  Reads: logprob, ref_logprob. Writes: logprob. Kind: penalty.
+  Neutral: coef 0.
+  Reports: `kl`, nats, its mean over the completion tokens.
   Defaults: coef 0.04, k3: GRPO (DeepSeekMath §4.2); verl has 1e-3. RLVR runs of
   the two core papers have none.
 

@@ -18,7 +18,7 @@ def forking_tokens(
   Keeps exactly max(1, ⌈fraction · N⌉) of the batch's N completion tokens.
 
   Args:
-    fraction: share to keep, in (0, 1]; 1 makes it the identity.
+    fraction: share to keep, in (0, 1].
     keep: 'top' keeps the highest entropies, 'bottom' the lowest (the paper's
       ablation).
     rescale: multiply what has come so far by N / selected, so that a closing
@@ -31,15 +31,18 @@ def forking_tokens(
     scope: 'batch', or 'sequence' to select within each sequence, as LightRFT
       and Archer do.
 
-  Reads: entropy, serial. Writes: both leaves. Kind: mask. Reports: the share of
-  tokens `selected`, and the lowest (under 'bottom' the highest) entropy among
-  them, `threshold`, nats.
+  Reads: entropy, serial. Writes: both leaves. Kind: mask.
+  Neutral: fraction 1.
+  Reports: the share of tokens `selected`, and the lowest (under 'bottom' the
+  highest) entropy among them, `threshold`, nats.
   Defaults: fraction 0.2: 80/20 §5.2.
   Differs from the authors' code: chosen in the whole inner batch, not in each
   microbatch of each device.
 
   >>> filters = optax.chain(
-  ...   clip_ratio(0.2, 0.28), forking_tokens(0.2), token_mean()
+  ...   clip_ratio(0.2, 0.28),
+  ...   forking_tokens(0.2),
+  ...   token_mean(),
   ... )
 
   Reference: Wang et al., `Beyond the 80/20 Rule
@@ -68,11 +71,13 @@ def entropy_above(threshold=0.672, keep='top', rescale=True) -> Filter:
   does.
 
   Args:
-    threshold: nats. −inf makes it the identity.
+    threshold: nats.
     keep: 'top' keeps entropy ≥ threshold, 'bottom' entropy ≤ threshold.
     rescale: as in `forking_tokens`.
 
-  Reads: entropy. Writes: both leaves. Kind: mask. Reports: as forking_tokens.
+  Reads: entropy. Writes: both leaves. Kind: mask.
+  Neutral: threshold −inf, under 'bottom' inf.
+  Reports: as `forking_tokens`.
   Defaults: threshold 0.672: the 80th percentile of Qwen3-8B, 80/20 §3;
   ReasonMaxxer has 1.4.
 
@@ -114,13 +119,17 @@ def entropy_bonus(coef=1e-3) -> Filter:
   """Adds −coef · entropy to the loss of every completion token.
 
   Args:
-    coef: advantage per nat; 0 makes it the identity.
+    coef: weight of the entropy, advantage per nat.
 
   Reads: mask. Writes: entropy. Kind: penalty.
+  Neutral: coef 0.
   Defaults: coef 1e-3: of the Entropy Mechanism's sweep (Fig. 9), where 1e-4
   and 1e-3 hardly act, 5e-3 steadies the entropy and 1e-2 makes it explode.
 
   >>> filters = optax.chain(clip_ratio(), entropy_bonus(1e-3), token_mean())
+
+  Reference: Cui et al., `The Entropy Mechanism
+  <https://arxiv.org/abs/2505.22617>`_, 2025.
   """
 
   def body(grads, stats, tokens, key):

@@ -23,8 +23,8 @@ def tis(cap=2.0, scope='token') -> Filter:
       product.
 
   Reads: old_logprob, sampled_logprob. Writes: both leaves. Kind: weight.
-  Neutral: none of its own; the identity where sampled = old. Reports: the mean
-  `weight`.
+  Neutral: none of its own; it is the identity where sampled = old.
+  Reports: the mean `weight`.
   Defaults: cap 2.0: verl, TRL, slime and OpenRLHF.
 
   >>> filters = optax.chain(clip_ratio(), tis(), token_mean())
@@ -52,8 +52,8 @@ def icepop(lower=0.5, upper=5.0, scope='token') -> Filter:
       tokens' product.
 
   Reads: old_logprob, sampled_logprob. Writes: both leaves. Kind: weight.
-  Neutral: none of its own; the identity where sampled = old. Reports: the mean
-  `weight`.
+  Neutral: none of its own; it is the identity where sampled = old.
+  Reports: the mean `weight`.
   Defaults: lower 0.5, upper 5.0: verl's IcePop; TRL's sequence MIS has
   (0.5, 2).
 
@@ -78,9 +78,10 @@ def sequence_mask(lower=0.999, upper=1.001) -> Filter:
   The mean is geometric: exp(mean of old_logprob − sampled_logprob).
 
   Args:
-    lower, upper: edges of the band, closed. (0, inf) makes it the identity.
+    lower, upper: edges of the band, closed.
 
   Reads: old_logprob, sampled_logprob. Writes: both leaves. Kind: mask.
+  Neutral: lower 0, upper inf.
   Reports: the mean geometric `ratio`.
   Defaults: lower 0.999, upper 1.001: verl. verl also takes what it drops out of
   the denominator; here that stays.
@@ -105,9 +106,10 @@ def opsm(delta=0.5) -> Filter:
   sampled_logprob − logprob is above delta.
 
   Args:
-    delta: nats a token; infinite makes it the identity.
+    delta: nats a token.
 
   Reads: logprob, sampled_logprob, advantage. Writes: both leaves. Kind: mask.
+  Neutral: delta inf.
   Reports: the mean `gap`, nats.
   Defaults: delta 0.5: TRL; slime has 1e-4.
 

@@ -21,10 +21,11 @@ def clip_ratio(low=0.2, high=0.2, dual=None) -> Filter:
   `dual` = c also where the advantage is negative and ratio > c.
 
   Args:
-    low, high: distances from 1. Infinite ones make it the identity.
+    low, high: distances from 1.
     dual: the bound c > 1 of dual-clip PPO, or None.
 
   Reads: logprob, old_logprob, advantage. Writes: both leaves. Kind: mask.
+  Neutral: low inf, high inf, dual None or inf.
   Defaults: low 0.2, high 0.2: PPO §6.1. DAPO has high 0.28; verl has dual 3.
 
   >>> filters = optax.chain(clip_ratio(0.2, 0.28), token_mean())
@@ -53,8 +54,8 @@ def gspo(low=3e-4, high=4e-4) -> Filter:
   Args:
     low, high: distances of s from 1.
 
-  Reads: logprob, old_logprob, advantage. Writes: both leaves. Kind: head; it
-  has no neutral setting, as it replaces the token ratio.
+  Reads: logprob, old_logprob, advantage. Writes: both leaves. Kind: head.
+  Neutral: none; it replaces the token ratio.
   Defaults: low 3e-4, high 4e-4: GSPO §5.1; ends with sequence_mean_token_mean.
 
   >>> filters = optax.chain(gspo(), sequence_mean_token_mean())
@@ -82,8 +83,8 @@ def gmpo(low=0.4, high=0.4) -> Filter:
   Args:
     low, high: bounds of a token's log ratio, nats.
 
-  Reads: logprob, old_logprob, advantage. Writes: both leaves. Kind: head; it
-  has no neutral setting, as it replaces the token ratio.
+  Reads: logprob, old_logprob, advantage. Writes: both leaves. Kind: head.
+  Neutral: none; it replaces the token ratio.
   Defaults: low 0.4, high 0.4: GMPO §4; ends with sequence_mean_token_mean.
 
   >>> filters = optax.chain(gmpo(), sequence_mean_token_mean())
@@ -112,7 +113,7 @@ def cispo(low=1.0, high=4.0) -> Filter:
     low, high: distances of the ratio from 1; low = 1 is no lower bound.
 
   Reads: logprob, old_logprob, advantage. Writes: both leaves. Kind: head.
-  Infinite bounds leave the policy gradient.
+  Neutral: low inf, high inf, which leave the policy gradient.
   Defaults: low 1.0: MiniMax-M1 has no lower bound; high 4.0: ScaleRL and TRL
   clip at 5 = 1 + 4, MiniMax gives no number.
 

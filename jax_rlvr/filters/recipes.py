@@ -129,11 +129,13 @@ def rloo() -> Method:
 
   Reference: `Back to Basics <https://arxiv.org/abs/2402.14740>`_, 2024.
   """
-  return Method(advantages.leave_one_out, (call(sequence_mean_token_sum, 1.0),))
+  return Method(advantages.leave_one_out, (call(sequence_mean_token_sum),))
 
 
 def reinforce_plus_plus() -> Method:
   """REINFORCE++: advantages whitened over the batch, without groups.
+
+  The paper's KL within the reward is left out.
 
   Numbers: clip 0.2, 0.2: PPO.
 
@@ -145,6 +147,8 @@ def reinforce_plus_plus() -> Method:
 
 def reinforce_plus_plus_baseline() -> Method:
   """REINFORCE++-baseline: the group's mean taken off, then whitened.
+
+  The paper's KL is left out.
 
   Numbers: clip 0.2, 0.2: PPO.
 
