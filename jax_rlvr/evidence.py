@@ -22,6 +22,11 @@ def bounded(x: jax.Array, mask: jax.Array) -> jax.Array:
   return jnp.clip(jnp.where(mask & ~jnp.isnan(x), x, 0.0), -20.0, 20.0)
 
 
+def within(x: jax.Array, mask: jax.Array) -> jax.Array:
+  """Where `bounded` leaves a difference as it is: a clamp's gradient is 1."""
+  return mask & (jnp.abs(x) <= 20.0)
+
+
 def covariance(stats: TokenStats, tokens: Tokens) -> jax.Array:
   """(logprob − mean logprob)(advantage − mean advantage), [B, T].
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jax_rlvr.evidence import log_ratio
+from jax_rlvr.evidence import log_ratio, within
 from jax_rlvr.records import Aggregated, Rescaled, Tokens, TokenStats
 
 
@@ -24,7 +24,7 @@ def policy_gradient(stats: TokenStats, tokens: Tokens) -> TokenStats:
 
   As with verl's clamp, the gradient is 0 where |log ratio| > 20.
   """
-  alive = tokens.mask & (jnp.abs(stats.logprob - tokens.old_logprob) <= 20.0)
+  alive = within(stats.logprob - tokens.old_logprob, tokens.mask)
   ratio = jnp.exp(log_ratio(stats, tokens))
   gradient = jnp.where(alive, -ratio * tokens.advantage, 0.0)
   silent = None if stats.entropy is None else jnp.zeros_like(stats.entropy)

@@ -1,5 +1,7 @@
 """Token gradients: where chains start, how they run, and the way back."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,17 @@ import pytest
 from jax_rlvr.evidence import log_ratio
 from jax_rlvr.filters import (
   clip_ratio,
+  entropy_above,
   entropy_bonus,
   forking_tokens,
   kl_cov,
+  per_microbatch,
+  sequence_mean_token_mean,
+  sequence_mean_token_sum,
   stateless,
   token_mean,
+  token_sum,
+  tracked,
 )
 from jax_rlvr.policy_gradient import (
   as_loss,
@@ -188,6 +196,85 @@ def test_token_gradients_cannot_be_differentiated_through():
     return jnp.sum(grads.logprob)
 
   assert not jax.grad(total)(stats.logprob).any()
+
+
+# Denominators that contradict each other
+
+
+def _traced(chain):
+  """Runs the chain as far as shapes go."""
+  run = functools.partial(token_gradients, chain)
+  return jax.eval_shape(run, *_batch())
+
+
+def _as_loss(chain):
+  return jax.eval_shape(as_loss(chain), *_batch())
+
+
+def _with_state(chain):
+  # As a trainer does, whose state is of an earlier step.
+  stats, tokens = _batch()
+  state = chain.init(stats)
+  return jax.eval_shape(
+    functools.partial(token_gradients, chain), stats, tokens, state=state
+  )
+
+
+SELECTIONS = {'forking_tokens': forking_tokens, 'entropy_above': entropy_above}
+OTHERS = {
+  'sequence_mean_token_mean': sequence_mean_token_mean(),
+  'sequence_mean_token_sum': sequence_mean_token_sum(8),
+  'token_sum': token_sum(8),
+}
+DRESSED = {
+  'bare': lambda factory, **kwargs: factory(**kwargs),
+  'injected': lambda factory, **kwargs: optax.inject_hyperparams(factory)(
+    **kwargs
+  ),
+  'tracked': lambda factory, **kwargs: tracked('it', factory(**kwargs)),
+  'nested': lambda factory, **kwargs: optax.chain(
+    clip_ratio(), optax.chain(tracked('it', factory(**kwargs)))
+  ),
+  'sometimes': lambda factory, **kwargs: optax.conditionally_transform(
+    factory(**kwargs), lambda step: step > 3
+  ),
+  'per_microbatch': lambda factory, **kwargs: per_microbatch(
+    factory(**kwargs), 2
+  ),
+}
+COMPOSED = {
+  'chain': optax.chain,
+  'named_chain': lambda *steps: optax.named_chain(
+    *((f'step {i}', step) for i, step in enumerate(steps))
+  ),
+}
+
+
+@pytest.mark.parametrize('dressed', DRESSED)
+@pytest.mark.parametrize('composed', COMPOSED)
+@pytest.mark.parametrize('run', [_traced, _as_loss, _with_state])
+def test_rescale_is_refused_before_another_aggregation(dressed, composed, run):
+  compose, dress = COMPOSED[composed], DRESSED[dressed]
+  with pytest.raises(ValueError, match='end the chain with it or give rescale'):
+    run(compose(dress(forking_tokens), sequence_mean_token_mean()))
+  # Neither without, nor before a mean over tokens.
+  plain = dress(forking_tokens, rescale=False)
+  run(compose(plain, sequence_mean_token_mean()))
+  run(compose(dress(forking_tokens), token_mean()))
+
+
+@pytest.mark.parametrize('selection', SELECTIONS)
+@pytest.mark.parametrize('other', OTHERS)
+def test_rescale_goes_with_token_mean_only(selection, other):
+  factory, aggregate = SELECTIONS[selection], OTHERS[other]
+  message = r'rescale=True divides .* only token_mean\(\)'
+  for end in (aggregate, tracked('mean', optax.chain(aggregate))):
+    with pytest.raises(ValueError, match=message):
+      _traced(optax.chain(factory(), end))
+    _traced(optax.chain(factory(rescale=False), end))
+  _traced(optax.chain(factory(), token_mean()))
+  # A trainer's own aggregation is its own affair.
+  _traced(optax.chain(factory(), optax.scale(0.1)))
 
 
 # as_loss

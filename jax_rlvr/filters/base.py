@@ -90,6 +90,9 @@ def tracked(name: str, tx: optax.GradientTransformation) -> Filter:
   * `mass`: Σ|logprob gradient| that leaves over what came; 1 where none came.
   * whatever the filter reports of itself.
 
+  Raises:
+    ValueError: of the filters in `tx`, two report the same.
+
   >>> filters = optax.chain(tracked('clip', clip_ratio()), token_mean())
   """
   tx = optax.with_extra_args_support(tx)
@@ -118,8 +121,10 @@ def _reported(name, state) -> dict[str, Any]:
   found = {}
   kinds = Report, Tracked
   for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds)):
-    if isinstance(node, Report):
-      found |= {f'{name}/{key}': x for key, x in node.scalars.items()}
+    for key, x in node.scalars.items() if isinstance(node, Report) else ():
+      if (metric := f'{name}/{key}') in found:
+        raise ValueError(f'two filters report {metric}; track them one by one')
+      found[metric] = x
   return found
 
 

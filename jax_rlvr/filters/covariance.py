@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_rlvr import masked
-from jax_rlvr.evidence import covariance, log_ratio
+from jax_rlvr.evidence import covariance, log_ratio, within
 from jax_rlvr.filters.base import Filter, keep, reporting
 
 
@@ -111,7 +111,8 @@ def kl_cov(fraction=2e-3, coef=1.0, penalty='abs', at_least_one=True) -> Filter:
 
   The ⌊fraction · N⌋ completion tokens of highest covariance get the gradient of
   coef · KL(old ‖ current), estimated on the sampled token. Its chain has no
-  ratio clip: that is the paper. Silent while current = old.
+  ratio clip: that is the paper. Silent while current = old, and beyond 20 nats,
+  where the authors clamp.
 
   Args:
     fraction: share of the completion tokens to penalise, in [0, 1].
@@ -145,8 +146,9 @@ def kl_cov(fraction=2e-3, coef=1.0, penalty='abs', at_least_one=True) -> Filter:
     n = _chosen_count(fraction, tokens.mask, at_least_one)
     cov = covariance(stats, tokens)
     chosen = masked.largest(cov, tokens.mask, n, masked.serial(tokens))
+    near = within(stats.logprob - tokens.old_logprob, tokens.mask)
     pull = coef * gradient(log_ratio(stats, tokens))
-    pulled = grads.logprob + jnp.where(chosen, pull, 0.0)
+    pulled = grads.logprob + jnp.where(chosen & near, pull, 0.0)
     described = _described(chosen, stats, tokens)
     return grads._replace(logprob=pulled), described
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jax_rlvr import masked
-from jax_rlvr.evidence import bounded
+from jax_rlvr.evidence import bounded, within
 from jax_rlvr.filters.base import Filter, evidence, reporting
 
 # x = logprob − ref_logprob of tokens drawn from the policy.
@@ -27,7 +27,8 @@ def kl_penalty(coef=0.04, value='k3', gradient='k3') -> Filter:
   With x = logprob − ref_logprob: k1 = x, k2 = x²/2, k3 = e⁻ˣ − 1 + x. Value and
   gradient are named apart, because an estimator that is good as one is bad as
   the other: on policy, the gradient of k1 is 0 in the mean, that of k2 is the
-  KL's own, that of k3 is that of KL(reference ‖ current).
+  KL's own, that of k3 is that of KL(reference ‖ current). Tokens with |x| > 20
+  are not pulled.
 
   Args:
     coef: weight of the penalty, advantage per nat.
@@ -57,8 +58,9 @@ def kl_penalty(coef=0.04, value='k3', gradient='k3') -> Filter:
     del key
     mask = tokens.mask
     reference = evidence(tokens, 'ref_logprob', 'kl_penalty')
-    x = bounded(stats.logprob - reference, mask)
-    pull = jnp.where(mask, coef * _GRADIENTS[gradient](x), 0.0)
+    gap = stats.logprob - reference
+    x = bounded(gap, mask)
+    pull = jnp.where(within(gap, mask), coef * _GRADIENTS[gradient](x), 0.0)
     kl = masked.mean(_VALUES[value](x), mask)
     return grads._replace(logprob=grads.logprob + pull), {'kl': kl}
 

@@ -11,6 +11,7 @@ from jax_rlvr.filters import (
   sequence_mean_token_mean,
   sequence_mean_token_sum,
   token_mean,
+  token_sum,
 )
 from jax_rlvr.policy_gradient import token_gradients
 from jax_rlvr.records import Tokens, TokenStats
@@ -37,6 +38,8 @@ def _batch(mask):
     (sequence_mean_token_sum(), 1 / 2, 1 / 2),
     (sequence_mean_token_sum(8), 1 / 16, 1 / 16),
     (sequence_mean_token_sum(8.0), 1 / 16, 1 / 16),
+    # Over the constant alone.
+    (token_sum(8), 1 / 8, 1 / 8),
   ],
 )
 def test_aggregation_weighs_tokens_and_ignores_empty_rows(
@@ -63,6 +66,7 @@ AGGREGATES = {
     sequence_mean_token_sum(7),
     lambda rows: np.mean([sum(row) / 7 for row in rows]),
   ),
+  'token_sum': (token_sum(7), lambda rows: sum(map(sum, rows)) / 7),
 }
 
 
@@ -111,8 +115,19 @@ def test_token_mean_does_not_depend_on_what_was_clipped():
   np.testing.assert_array_equal(grads.logprob, [[0.0, -0.5]])
 
 
+def test_only_token_sum_grows_with_the_batch():
+  once, twice = _batch(MASK), _batch(np.concatenate([MASK, MASK]))
+  for name, (aggregate, _) in AGGREGATES.items():
+    small, large = (
+      float(jnp.sum(token_gradients(aggregate, *batch)[0].logprob))
+      for batch in (once, twice)
+    )
+    factor = 2 if name == 'token_sum' else 1
+    assert large == pytest.approx(factor * small), name
+
+
 @pytest.mark.parametrize('length', [2**20, 2.0**20])
-def test_token_sum_takes_long_budgets_of_many_rows(length):
+def test_sequence_mean_token_sum_takes_long_budgets_of_many_rows(length):
   # 2²⁰ · 2¹² = 2³² would not fit into an integer.
   chain = sequence_mean_token_sum(length)
   grads, _ = token_gradients(chain, *_batch(np.ones((2**12, 1), bool)))

@@ -1,4 +1,6 @@
-"""What filters are made of: stateless, keep, scale, tracked."""
+"""What filters are made of, and the tools around them."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,16 +9,26 @@ import optax
 import pytest
 
 from jax_rlvr.filters import (
+  clip_cov,
   clip_ratio,
   entropy_bonus,
   forking_tokens,
+  kl_cov,
+  per_microbatch,
   stateless,
   token_mean,
   tracked,
 )
-from jax_rlvr.filters.base import keep, scale
-from jax_rlvr.policy_gradient import token_gradients
-from jax_rlvr.records import Tokens, TokenStats, Tracked
+from jax_rlvr.filters.base import evidence, keep, reporting, scale
+from jax_rlvr.policy_gradient import policy_gradient, token_gradients
+from jax_rlvr.records import (
+  Aggregated,
+  Report,
+  Rescaled,
+  Tokens,
+  TokenStats,
+  Tracked,
+)
 
 
 def _batch():
@@ -80,7 +92,75 @@ def test_keep_silences_nan():
   assert kept.entropy is None
 
 
+def test_stateless_carries_its_mark_as_an_empty_state():
+  stats, tokens = _batch()
+  marked = stateless(lambda grads, stats, tokens, key: grads, Aggregated())
+  grads = TokenStats(jnp.ones((2, 3)), None)
+  state = marked.init(stats)
+  _, after = marked.update(grads, state, stats, tokens=tokens)
+  assert state == after == Aggregated()
+  assert jax.tree.leaves(state) == []
+
+
+def test_evidence_is_the_field_or_a_message():
+  _, tokens = _batch()
+  assert evidence(tokens, 'old_logprob', 'mine') is tokens.old_logprob
+  with pytest.raises(ValueError, match='mine reads tokens.ref_logprob, but'):
+    evidence(tokens, 'ref_logprob', 'mine')
+
+
+# reporting
+
+
+def _summing(name='sum', mark=()):
+  """Doubles the gradients and reports their sum."""
+
+  def body(grads, stats, tokens, key):
+    return scale(grads, 2.0), {name: jnp.sum(grads.logprob)}
+
+  return reporting(body, name, mark=mark)
+
+
+def test_reporting_keeps_the_scalars_in_the_state():
+  stats, tokens = _batch()
+  tx = _summing(mark=Rescaled())
+  fresh = tx.init(stats)
+  assert isinstance(fresh, Report) and fresh.mark == Rescaled()
+  assert fresh.scalars == {'sum': 0.0}
+  grads, state = token_gradients(tx, stats, tokens, state=fresh)
+  # 1 + 2 + 3 + 4 + 5.
+  assert state.scalars == {'sum': 15.0} and state.mark == Rescaled()
+  np.testing.assert_array_equal(grads.logprob, [[0, 2, 4], [6, 8, 10]])
+  jax.tree.map(
+    lambda a, b: np.testing.assert_equal(jax.typeof(a), jax.typeof(b)),
+    state,
+    fresh,
+  )
+
+
 # tracked
+
+
+def test_tracked_takes_up_reports_wherever_they_sit():
+  stats, tokens = _batch()
+  nested = optax.chain(
+    optax.inject_hyperparams(_summing, static_args='name')(name='first'),
+    tracked('inner', _summing('second')),
+    optax.conditionally_transform(
+      optax.named_chain(('one', _summing('third'))), lambda step: step == 0
+    ),
+  )
+  watched = tracked('outer', nested)
+  own = {'outer/kept', 'outer/mass', 'outer/first', 'outer/third'}
+  state = watched.init(stats)
+  assert set(state.report) == own
+  _, state = token_gradients(watched, stats, tokens, state=state)
+  report = _report(state)
+  # What is tracked on its own stays there.
+  assert set(report) == own
+  assert report['outer/first'] == 15.0 and report['outer/third'] == 60.0
+  inner = _report(state.inner[1])
+  assert inner == {'inner/kept': 1.0, 'inner/mass': 2.0, 'inner/second': 30.0}
 
 
 def test_tracked_reports_kept_share_and_mass():
@@ -174,3 +254,162 @@ def test_tracked_state_keeps_its_types():
     state,
     fresh,
   )
+
+
+# per_microbatch
+
+ROWS, MICRO = 6, 2
+
+
+@functools.cache
+def _six_rows():
+  rng = np.random.default_rng(0)
+  shape = ROWS, 10
+  mask = rng.random(shape) < 0.8
+  old = -rng.gamma(1.0, 1.5, shape)
+  advantage = np.repeat(rng.normal(size=(ROWS, 1)), 10, 1)
+  logprob = old + rng.normal(0, 0.3, shape)
+  # The later a row the higher its entropies, so that means and choices of
+  # microbatches are not those of the batch.
+  entropy = rng.gamma(1.0, 1.0, shape) + np.arange(ROWS)[:, None]
+  advantage, old, logprob, entropy = map(
+    jnp.float32, (advantage, old, logprob, entropy)
+  )
+  serial = jnp.array(rng.permutation(60).reshape(shape), jnp.uint32)
+  tokens = Tokens(jnp.array(mask), advantage, old, serial)
+  return TokenStats(logprob, entropy), tokens
+
+
+def _by_hand(tx, stats, tokens, key):
+  """The filter on every two rows, one key for each: gradients and states."""
+  grads, found, states = policy_gradient(stats, tokens), [], []
+  update = jax.jit(tx.update)
+  for i, its_key in enumerate(jax.random.split(key, ROWS // MICRO)):
+
+    def cut(tree, i=i):
+      return jax.tree.map(lambda x: x[MICRO * i : MICRO * (i + 1)], tree)
+
+    its, state = update(
+      cut(grads), tx.init(stats), cut(stats), tokens=cut(tokens), key=its_key
+    )
+    found.append(its)
+    states.append(state)
+  return jax.tree.map(lambda *x: np.concatenate(x), *found), states
+
+
+LOCAL = {
+  'clip_cov': clip_cov(0.1, 0.0, 50.0),
+  'kl_cov': kl_cov(0.2),
+  'forking_tokens': forking_tokens(0.2),
+}
+
+
+@pytest.mark.parametrize('name', LOCAL)
+def test_per_microbatch_equals_the_filter_on_each_slice(name):
+  tx, (stats, tokens) = LOCAL[name], _six_rows()
+  key = jax.random.key(3)
+
+  @jax.jit
+  def both(stats, tokens):
+    found, state = token_gradients(
+      per_microbatch(tx, MICRO), stats, tokens, key=key
+    )
+    whole, whole_state = token_gradients(tx, stats, tokens, key=key)
+    return found, state, whole, whole_state
+
+  found, state, whole, whole_state = both(stats, tokens)
+  expected, states = _by_hand(tx, stats, tokens, key)
+  np.testing.assert_allclose(found.logprob, expected.logprob, rtol=1e-5)
+  np.testing.assert_array_equal(found.logprob == 0, expected.logprob == 0)
+  # Reports are means over the microbatches.
+  means = jax.tree.map(lambda *x: np.mean(x), *states)
+  assert jax.tree.structure(state) == jax.tree.structure(means)
+  assert jax.tree.leaves(means)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state, means
+  )
+  # Control: the whole batch chooses others, and reports other numbers.
+  moved = np.abs(found.logprob - whole.logprob) > 1e-3
+  assert moved.any()
+  assert jax.tree.map(float, state) != jax.tree.map(float, whole_state)
+
+
+def test_per_microbatch_has_the_quota_of_each_microbatch():
+  # 60 tokens: ⌊.02 · 60⌋ = 1 in the whole; in three, ⌊.02 · 20⌋ = 0 is raised
+  # to one each. verl's KL-Cov does the latter.
+  stats, tokens = _six_rows()
+  tokens = tokens._replace(mask=jnp.ones((ROWS, 10), bool))
+  plain = policy_gradient(stats, tokens).logprob
+  whole = kl_cov(0.02)
+  for tx, penalised in [(whole, 1), (per_microbatch(whole, MICRO), 3)]:
+    grads, _ = jax.jit(functools.partial(token_gradients, tx))(stats, tokens)
+    assert int(jnp.sum(grads.logprob != plain)) == penalised
+
+
+def test_per_microbatch_emulates_means_of_microbatch_means():
+  # On policy with A = −1. Tokens of rows 1 and 2, then 3 and 4: 2 + 1 and
+  # 3 + 2, so each weighs 1/2 · 1/3 and 1/2 · 1/5.
+  mask = jnp.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 1, 1]], bool)
+  zeros = jnp.zeros((4, 3))
+  chain = optax.chain(per_microbatch(token_mean(), 2), optax.scale(2 / 4))
+  grads, _ = token_gradients(
+    chain, TokenStats(zeros), Tokens(mask, zeros - 1.0, zeros)
+  )
+  weight = np.array([[1 / 6], [1 / 6], [1 / 10], [1 / 10]])
+  np.testing.assert_allclose(grads.logprob, mask * weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize('rows', [4, 5, 12])
+def test_per_microbatch_refuses_rows_that_do_not_divide_the_batch(rows):
+  message = f'rows={rows} does not divide the 6 sequences'
+  with pytest.raises(ValueError, match=message):
+    token_gradients(per_microbatch(clip_ratio(), rows), *_six_rows())
+
+
+def test_per_microbatch_keeps_the_state_of_schedules():
+  stats, tokens = _six_rows()
+  tokens = tokens._replace(mask=jnp.ones((ROWS, 10), bool))
+  tx = optax.inject_hyperparams(forking_tokens)(
+    fraction=optax.piecewise_constant_schedule(1.0, {1: 0.5, 2: 0.2})
+  )
+  tx = per_microbatch(tx, MICRO)
+  run = jax.jit(functools.partial(token_gradients, tx))
+  first = state = tx.init(stats)
+  # Of 20 tokens each: ⌈1 · 20⌉, ⌈.5 · 20⌉, ⌈.1 · 20⌉.
+  for step, (fraction, kept) in enumerate([(1.0, 20), (0.5, 10), (0.1, 2)]):
+    grads, state = run(stats, tokens, state=state)
+    in_each = np.reshape(grads.logprob != 0, (3, 20)).sum(axis=1)
+    np.testing.assert_array_equal(in_each, kept)
+    assert int(state.count) == step + 1
+    assert float(state.hyperparams['fraction']) == pytest.approx(fraction)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_equal(jax.typeof(a), jax.typeof(b)),
+      state,
+      first,
+    )
+
+
+@pytest.mark.parametrize('inside', [True, False])
+def test_tracked_microbatches_report_their_mean(inside):
+  stats, tokens = _six_rows()
+  # Of 1, 3 and 4 tokens a row: ⌈.2 · 2⌉ = 1, ⌈.2 · 6⌉ = 2, ⌈.2 · 8⌉ = 2.
+  length = np.repeat([1, 3, 4], 2)[:, None]
+  tokens = tokens._replace(mask=jnp.array(np.arange(10) < length))
+  tx = forking_tokens(0.2, rescale=False)
+  if inside:
+    tx = per_microbatch(tracked('fork', tx), MICRO)
+  else:
+    tx = tracked('fork', per_microbatch(tx, MICRO))
+  _, state = token_gradients(tx, stats, tokens)
+  report = _report(state)
+  # (1/2 + 2/6 + 2/8) / 3.
+  assert report['fork/selected'] == pytest.approx(13 / 36)
+  # From outside all of them are one batch: 5 of 16.
+  kept = 13 / 36 if inside else 5 / 16
+  assert report['fork/kept'] == pytest.approx(kept)
+
+
+def test_tracked_refuses_two_reports_of_one_name():
+  both = tracked('both', optax.chain(forking_tokens(), forking_tokens(0.5)))
+  with pytest.raises(ValueError, match='two filters report both/selected'):
+    both.init(_batch()[0])

@@ -8,14 +8,15 @@ import numpy as np
 import optax
 import pytest
 
-from jax_rlvr import advantages
-from jax_rlvr.evidence import covariance
+from jax_rlvr import advantages, masked
+from jax_rlvr.evidence import covariance, log_ratio
 from jax_rlvr.filters import (
   clip_cov,
   clip_ratio,
   entropy_bonus,
   kl_cov,
   token_mean,
+  tracked,
 )
 from jax_rlvr.policy_gradient import as_loss, token_gradients
 from jax_rlvr.records import Tokens, TokenStats
@@ -107,6 +108,18 @@ def test_covariance_equals_the_golden_numbers():
     [0.00367347, 0.0522449, 0.78795918, 0.0],
   ]
   np.testing.assert_allclose(cov, expected, atol=1e-6)
+
+
+def test_means_equal_the_golden_numbers():
+  stats, tokens = _golden_a()
+  x = jnp.abs(log_ratio(stats, tokens))
+  for found, expected in [
+    (tokens.advantage, 0.5428571429),
+    (stats.logprob, -1.0142857143),
+    (x, 0.2142857140),
+  ]:
+    mean = masked.mean(found, tokens.mask)
+    np.testing.assert_allclose(mean, expected, atol=1e-6)
 
 
 def test_covariance_equals_the_equation_and_ignores_nan_outside_the_mask():
@@ -227,6 +240,9 @@ def test_kl_cov_on_policy_is_exactly_the_policy_gradient(penalty):
   np.testing.assert_allclose(grads.logprob, expected, rtol=1e-6)
   plain = _plain(stats, tokens)
   np.testing.assert_array_equal(grads.logprob, plain.logprob)
+  # The loss has the golden value: −mean A.
+  value = _kl_cov_loss(stats.logprob, tokens, 0.5, 1.0, penalty)
+  assert value == pytest.approx(-0.5428571429, abs=1e-6)
 
 
 def test_kl_cov_penalties_by_hand():
@@ -328,10 +344,11 @@ def test_clip_cov_draws_its_exact_number_from_the_candidates(
     assert dropped.sum() == expected
     assert not (dropped & ~candidates).any()
     # The rest is untouched, and of the dropped nothing is left.
+    logprob = np.asarray(grads.logprob)
     np.testing.assert_allclose(
-      grads.logprob, np.where(dropped, 0.0, plain), rtol=1e-6
+      logprob, np.where(dropped, 0.0, plain), rtol=1e-6
     )
-    assert (grads.logprob[~dropped] == 0).sum() == (plain[~dropped] == 0).sum()
+    assert (logprob[~dropped] == 0).sum() == (plain[~dropped] == 0).sum()
 
 
 def test_the_batch_of_clip_cov_holds_every_kind_of_token():
@@ -434,6 +451,116 @@ def test_clip_cov_needs_a_key():
     token_gradients(clip_cov(), *_batch())
 
 
+# Reports, and tokens that cannot be
+
+
+@functools.partial(jax.jit, static_argnames='factory')
+def _watched(factory, stats, tokens, *numbers):
+  """Token gradients of the filter alone, and what it reports."""
+  chain = optax.chain(entropy_bonus(1.0), tracked('it', factory(*numbers)))
+  grads, state = token_gradients(chain, stats, tokens, key=jax.random.key(0))
+  return grads, state[1].report
+
+
+def _report(*args):
+  _, report = _watched(*args)
+  return {name: float(report[f'it/{name}']) for name in REPORTED}
+
+
+REPORTED = 'selected', 'below_mean', 'probability'
+
+
+def test_kl_cov_reports_who_was_selected():
+  # ⌊.5 · 7⌋ = 3 of covariance .788, .604, .205: advantages −1.5, 2, 1.5
+  # against a mean of .54, and (e^−1.4 + e^−.6 + e^−.8) / 3.
+  found = _report(kl_cov, *_golden_a(), 0.5)
+  expected = {'selected': 3 / 7, 'below_mean': 1 / 3, 'probability': 0.4149125}
+  assert found == pytest.approx(expected)
+
+
+def test_clip_cov_reports_who_was_selected():
+  # One token is in the band: e^−1.4.
+  found = _report(clip_cov, *_golden_a(), 0.5, 0.7, 0.8)
+  expected = {'selected': 1 / 7, 'below_mean': 1.0, 'probability': 0.2465970}
+  assert found == pytest.approx(expected)
+  # Two are: A = .5 < .54 and 1, (e^−1.1 + e^−.9) / 2.
+  found = _report(clip_cov, *_golden_a(), 0.5, 0.001, 0.1)
+  expected = {'selected': 2 / 7, 'below_mean': 1 / 2, 'probability': 0.3697204}
+  assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+  ('factory', 'numbers'), [(kl_cov, (0.0,)), (clip_cov, (0.5, 7.0, 8.0))]
+)
+def test_nobody_selected_is_reported_as_zero(factory, numbers):
+  assert _report(factory, *_golden_a(), *numbers) == dict.fromkeys(REPORTED, 0)
+
+
+IMPOSSIBLE = {
+  'good': ([[-1, -1, -1, -np.inf], [-5, -2, -1, -1]], (0, 3)),
+  'bad': ([[-1, -1, -1, -1], [-5, -2, -1, -np.inf]], (1, 3)),
+}
+
+
+def _impossible(response):
+  """A token of logprob −inf in the good, or the bad, of two responses."""
+  logprob, place = IMPOSSIBLE[response]
+  logprob = jnp.array(logprob, jnp.float32)
+  tokens = Tokens(
+    jnp.ones((2, 4), bool),
+    jnp.array([[1.0] * 4, [-1.0] * 4]),
+    # Each log ratio is .5, so that a penalty shows.
+    jnp.where(jnp.isfinite(logprob), logprob - 0.5, -1.0),
+  )
+  return TokenStats(logprob, jnp.ones((2, 4))), tokens, place
+
+
+@pytest.mark.parametrize('response', IMPOSSIBLE)
+def test_a_logprob_of_minus_infinity_is_outside_the_means(response):
+  stats, tokens, place = _impossible(response)
+  # Seven finite ones: ℓ̄ = −12/7 and Ā = 0.
+  expected = (np.array(stats.logprob) + 12 / 7) * tokens.advantage
+  cov = covariance(stats, tokens)
+  np.testing.assert_allclose(cov, expected, rtol=1e-6)
+  # It is as unlikely as can be: −∞ · 1 or −∞ · −1.
+  assert cov[place] == (-np.inf if response == 'good' else np.inf)
+
+
+@pytest.mark.parametrize('response', IMPOSSIBLE)
+def test_clip_cov_keeps_its_band_beside_a_logprob_of_minus_infinity(response):
+  # Covariances .71, and 3.29, .29, −.71: only the first of the bad response
+  # is between 1 and 5.
+  stats, tokens, _ = _impossible(response)
+  grads, report = _watched(clip_cov, stats, tokens, 1.0, 1.0, 5.0)
+  dropped = np.asarray(grads.entropy == 0)
+  np.testing.assert_array_equal(np.argwhere(dropped), [[1, 0]])
+  # One of eight, e^−5.
+  assert float(report['it/selected']) == pytest.approx(1 / 8)
+  assert float(report['it/probability']) == pytest.approx(0.0067379, rel=1e-4)
+
+
+def test_kl_cov_chooses_beside_a_logprob_of_minus_infinity():
+  # ⌊.25 · 8⌋ = 2: 3.29 and the first of the .71.
+  stats, tokens, _ = _impossible('good')
+  grads, _ = _watched(kl_cov, stats, tokens, 0.25)
+  plain, _ = _watched(kl_cov, stats, tokens, 0.0)
+  pulled = np.asarray(grads.logprob - plain.logprob)
+  expected = [[1.0, 0, 0, 0], [1.0, 0, 0, 0]]
+  np.testing.assert_allclose(pulled, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('response', IMPOSSIBLE)
+def test_kl_cov_of_a_logprob_of_minus_infinity_is_finite(response):
+  stats, tokens, place = _impossible(response)
+  grads, report = _watched(kl_cov, stats, tokens, 1.0)
+  assert np.isfinite(grads.logprob).all()
+  # Its chain has no other gradient there; the pull is never more than coef.
+  assert abs(float(grads.logprob[place])) <= 1.0
+  # What cannot be has probability 0.
+  p = np.exp(np.asarray(stats.logprob)).mean()
+  assert float(report['it/probability']) == pytest.approx(p)
+
+
 # Theory
 
 
@@ -448,12 +575,15 @@ def test_at_low_entropy_the_band_holds_rare_tokens_of_bad_responses_only():
   advantage = np.repeat(advantage.reshape(8, 1), 64, 1)
   tokens = Tokens(jnp.ones(shape, bool), jnp.array(advantage), logprob)
   stats = TokenStats(logprob, jnp.ones(shape))
-  grads = _clip_cov(stats, tokens, jax.random.key(0), 1.0, 1.0, 5.0)
+  grads, report = _watched(clip_cov, stats, tokens, 1.0, 1.0, 5.0)
   dropped = np.asarray(grads.logprob == 0)
   assert float(-jnp.mean(logprob)) < 0.4
   assert dropped.sum() > 5
   assert (advantage[dropped] < 0).all()
   assert (probability[dropped] < 0.01).all()
+  # It says so.
+  assert float(report['it/below_mean']) == 1.0
+  assert float(report['it/probability']) == pytest.approx(0.005)
   # Control: rare tokens of the success exist, and are not in the band.
   assert ((probability < 0.01) & (advantage > 0)).any()
 
