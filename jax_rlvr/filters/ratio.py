@@ -113,7 +113,7 @@ def cispo(low=1.0, high=4.0) -> Filter:
     low, high: distances of the ratio from 1; low = 1 is no lower bound.
 
   Reads: logprob, old_logprob, advantage. Writes: both leaves. Kind: head.
-  Neutral: low inf, high inf, which leave the policy gradient.
+  Neutral: low inf, high inf, within 20 nats of log ratio.
   Defaults: low 1.0: MiniMax-M1 has no lower bound; high 4.0: ScaleRL and TRL
   clip at 5 = 1 + 4, MiniMax gives no number.
 
