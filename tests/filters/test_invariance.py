@@ -349,7 +349,7 @@ def runner(cut, filters=CHAIN):
   return outcome
 
 
-def alone(tokens, row_tokens, rows):
+def alone(tokens, row_tokens, rows, *_):
   """In place of `pack`, which shares a row wherever two sequences fit."""
   assert tokens.ids.shape == (rows, row_tokens)
   return padded(tokens.ids, tokens.mask)
