@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from jax_rlvr import filters as filters
+  from jax_rlvr.loaded import load_policy as load_policy
   from jax_rlvr.policy_gradient import as_loss as as_loss
   from jax_rlvr.policy_gradient import token_gradients as token_gradients
   from jax_rlvr.records import Tokens as Tokens
@@ -20,10 +21,18 @@ _HOMES = {
   'TokenStats': 'records',
   'Tokens': 'records',
   'as_loss': 'policy_gradient',
+  'load_policy': 'loaded',
   'token_gradients': 'policy_gradient',
 }
 
-__all__ = ['TokenStats', 'Tokens', 'as_loss', 'filters', 'token_gradients']
+__all__ = [
+  'TokenStats',
+  'Tokens',
+  'as_loss',
+  'filters',
+  'load_policy',
+  'token_gradients',
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -131,7 +131,7 @@ class Manifest:
 _SAMPLING = (
   'seed', 'slots', 'max_prompt_tokens', 'max_completion_tokens', 'temperature',
   'eval_temperature', 'eval_samples', 'eval_prompts', 'scorers',
-  'reward_deadline_s',
+  'reward_deadline_s', 'compute_dtype',
 )  # fmt: skip
 
 
@@ -190,16 +190,31 @@ def read_manifest(workdir: pathlib.Path) -> Manifest:
   Raises:
     ConfigError: the directory holds no run, or a task cannot be imported.
   """
-  file = workdir / 'manifest.json'
-  if not file.exists():
-    raise ConfigError(f'{workdir} holds no run: there is no manifest.json')
-  manifest = json.loads(file.read_text())
+  policy, tokenizer = read_policy(workdir)
+  manifest = _read(workdir)
   return Manifest(
-    policy=PolicyConfig(**manifest['policy']),
-    tokenizer=tokenizers.load(workdir / 'tokenizer'),
+    policy=policy,
+    tokenizer=tokenizer,
     tasks=tuple(_task(record) for record in manifest['tasks']),
     sampling=manifest['sampling'],
   )
+
+
+def read_policy(workdir: pathlib.Path) -> tuple[PolicyConfig, Tokenizer]:
+  """A run's policy and tokenizer; its tasks need not be importable.
+
+  Raises:
+    ConfigError: the directory holds no run.
+  """
+  policy = PolicyConfig(**_read(workdir)['policy'])
+  return policy, tokenizers.load(workdir / 'tokenizer')
+
+
+def _read(workdir: pathlib.Path) -> dict[str, Any]:
+  file = workdir / 'manifest.json'
+  if not file.exists():
+    raise ConfigError(f'{workdir} holds no run: there is no manifest.json')
+  return json.loads(file.read_text())
 
 
 def _task_record(task: Any) -> dict[str, Any]:

@@ -13,9 +13,11 @@ import inspect
 import pathlib
 import runpy
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import optax
+
+from jax_rlvr.records import TokenStats
 
 if TYPE_CHECKING:
   from jax_rlvr.policy import PolicyConfig
@@ -76,9 +78,10 @@ class Config:
   """A run. All counts are global: over all devices and hosts.
 
   Attributes:
-    policy: a shape starts from random weights; a path (a GGUF file) starts from
-      those weights and brings its tokenizer.
-    tokenizer: needed where the policy is a shape.
+    policy: a shape starts from random weights; a GGUF file, a folder as
+      transformers writes it, or the id of one on the hub starts from those
+      weights and brings its tokenizer.
+    tokenizer: needed where the policy brings none; goes before one it brings.
     tasks: trained on, their 'train' splits mixed by size.
     eval_tasks: evaluated, their 'test' splits; `tasks` if empty.
     advantage: (rewards, valid, lengths) [P, G] → advantages [P, G].
@@ -89,15 +92,25 @@ class Config:
     prompts_per_step: P.
     group_size: G, completions per prompt.
     inner_steps: weight updates per batch; divides prompts_per_step.
-    microbatch_tokens: tokens, padding included, through one vjp.
+    microbatch_tokens: tokens, padding included, through one vjp on all devices;
+      one row of each data shard at the least.
     max_prompt_tokens: longer prompts are refused before the run.
     max_completion_tokens: completions are cut there, the end token included.
     row_tokens: of a packed row, in which the completions of a prompt share its
       tokens; 0 is room for the longest sequence.
     temperature: of rollouts and of the log-probabilities trained on, > 0.
     slots: sequences decoded at one time.
-    remat: recompute each layer in the backward pass: a third more work, and
-      activations of one layer instead of all.
+    attention: what computes it in the update: 'splash' is for TPUs, and has
+      each completion bring its own prompt tokens; 'cudnn' is for GPUs, 'xla'
+      for all; 'auto' is what suits the devices.
+    remat: what the backward pass keeps of each layer: all it needs ('none'),
+      the outcomes of its matrix products ('dots'), or its input alone
+      ('full'), a third more work.
+    compute_dtype: of matrix products and activations, in rollouts too; weights
+      and optimizer state are float32 all the same. 'auto' is bfloat16 on TPU
+      and GPU, float32 on CPU.
+    token_extras: fields of `TokenStats` that filters want beside logprob and
+      entropy; they cost a forward pass in the first inner step.
     warm_up: supervised stage before the first step, or None.
     eval_every: steps between evaluations; one always comes first and last.
     eval_prompts: prompts per task and evaluation; the split's first ones.
@@ -128,7 +141,10 @@ class Config:
   row_tokens: int = 0
   temperature: float = 1.0
   slots: int = 512
-  remat: bool = True
+  attention: Literal['auto', 'xla', 'splash', 'cudnn'] = 'auto'
+  remat: Literal['none', 'dots', 'full'] = 'full'
+  compute_dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
+  token_extras: Sequence[str] = ()
   warm_up: WarmUp | None = None
   eval_every: int = 20
   eval_prompts: int = 256
@@ -173,6 +189,28 @@ class Config:
       f'at least one row of {self.row_tokens} tokens',
     )
     self._require('tasks', len(self.tasks) > 0, 'at least one task')
+    self._require(
+      'attention',
+      self.attention in ('auto', 'xla', 'splash', 'cudnn'),
+      "'auto', 'xla', 'splash' or 'cudnn'",
+    )
+    self._require(
+      'remat',
+      self.remat in ('none', 'dots', 'full'),
+      "'none', 'dots' or 'full'",
+    )
+    self._require(
+      'compute_dtype',
+      self.compute_dtype in ('auto', 'float32', 'bfloat16'),
+      "'auto', 'float32' or 'bfloat16'",
+    )
+    extras = TokenStats._fields[2:]
+    self._require(
+      'token_extras',
+      not isinstance(self.token_extras, str)
+      and set(self.token_extras) <= set(extras),
+      f'some of {", ".join(map(repr, extras))}',
+    )
 
   def _require(self, name: str, holds: bool, what: str) -> None:
     if not holds:

@@ -175,18 +175,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(arguments) -> dict[str, float]:
   saved = checkpoint.read_manifest(arguments.workdir)
+  mesh = layouts.make()
   actor = rollout.Actor(
     policy=saved.policy,
     tokenizer=saved.tokenizer,
-    mesh=layouts.make(),
+    mesh=mesh,
     slots=saved.sampling['slots'],
+    # Runs from before there was a choice.
+    dtype=layouts.compute_dtype(
+      saved.sampling.get('compute_dtype', 'float32'), mesh
+    ),
   )
-  abstract = policy.abstract_params(saved.policy)
-  shardings = layouts.shardings(actor.mesh, abstract, layouts.SAMPLING)
-  abstract = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    abstract,
-    shardings,
+  abstract = layouts.abstract(
+    actor.mesh, policy.abstract_params(saved.policy), layouts.SAMPLING
   )
   folder = arguments.workdir / 'checkpoints'
   with checkpoint.Checkpoints(folder) as checkpoints:

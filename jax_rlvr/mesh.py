@@ -22,6 +22,7 @@ TRAINING: Table = (
   (r'embed', P('tensor', 'fsdp')),
   (r'head', P('fsdp', 'tensor')),
   (r'blocks/(query|key|value)', P(None, 'fsdp', 'tensor')),
+  (r'blocks/(query|key|value)_bias', P(None, 'tensor')),
   (r'blocks/output', P(None, 'tensor', None, 'fsdp')),
   (r'blocks/(gate|up)', P(None, 'fsdp', 'tensor')),
   (r'blocks/down', P(None, 'tensor', 'fsdp')),
@@ -55,6 +56,14 @@ def make(*, slices: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
   )
 
 
+def compute_dtype(name: str, mesh: Mesh) -> np.dtype:
+  """The named float type; of 'auto', what the devices multiply fastest."""
+  if name == 'auto':
+    on_cpu = mesh.devices.flat[0].platform == 'cpu'
+    name = 'float32' if on_cpu else 'bfloat16'
+  return jax.dtypes.canonicalize_dtype(name)
+
+
 def shardings(mesh: Mesh, tree: Any, table: Table) -> Any:
   """The sharding of every array of a parameter tree.
 
@@ -80,6 +89,15 @@ def _fitting(mesh, spec, shape):
     for axis, size in zip(spec, shape, strict=False)
   )
   return P(*fits)
+
+
+def abstract(mesh: Mesh, tree: Any, table: Table) -> Any:
+  """A tree's ShapeDtypeStructs, laid out by a table."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    shardings(mesh, tree, table),
+  )
 
 
 def place(mesh: Mesh, params: Any, table: Table) -> Any:

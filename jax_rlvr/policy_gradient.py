@@ -91,6 +91,8 @@ def as_loss(filters: optax.GradientTransformation):
   def loss(stats, tokens, key=None, state=None):
     grads, state = token_gradients(filters, stats, tokens, key=key, state=state)
     fixed = jax.lax.stop_gradient(grads)
+    # Extras have no gradient.
+    stats = TokenStats(stats.logprob, stats.entropy)
     # −inf logprobs carry gradient 0 or are masked; 0 · inf must not poison.
     parts = jax.tree.map(
       lambda g, x: jnp.sum(jnp.where(g == 0, 0.0, g * x)), fixed, stats

@@ -111,10 +111,19 @@ class TokenStats(NamedTuple):
   Attributes:
     logprob: float32 [B, T], nats; 0 outside the mask.
     entropy: float32 [B, T], nats; 0 outside the mask. None where not wanted.
+    p2: Σ π² over the vocabulary; this and what follows only where asked for,
+      and without a gradient.
+    p2_logp: Σ π² log π, nats.
+    logit: of the token, over the temperature.
+    confidence: logsumexp − mean of the logits over the temperature.
   """
 
   logprob: Float[Array, 'B T']
   entropy: Float[Array, 'B T'] | None = None
+  p2: Float[Array, 'B T'] | None = None
+  p2_logp: Float[Array, 'B T'] | None = None
+  logit: Float[Array, 'B T'] | None = None
+  confidence: Float[Array, 'B T'] | None = None
 
 
 class Tokens(NamedTuple):
@@ -154,8 +163,10 @@ class Rows(NamedTuple):
     ids: int32 [R, W].
     positions: int32 [R, W], place of each token in its own sequence.
     group: int32 [R, W], one number a prompt within the row; −1 on padding.
+      One a sequence, where completions do not share their prompt's tokens.
     segment: int32 [R, W], 0 on prompt tokens, else one number a completion: a
-      token sees its own segment's past and its group's prompt.
+      token sees its own segment's past and its group's prompt. All 0 where
+      nothing is shared.
     before: int32 [R, W], column whose hidden state scores the token.
     place: int32 [R, W], flat index of the token in its [B, T] batch; −1 where
       nothing is scored.

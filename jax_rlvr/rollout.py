@@ -14,7 +14,7 @@ import numpy as np
 from jax_rlvr import mesh as layouts
 from jax_rlvr import prng
 from jax_rlvr.config import Config
-from jax_rlvr.policy import PolicyConfig
+from jax_rlvr.policy import PolicyConfig, cast
 from jax_rlvr.prng import Stream
 from jax_rlvr.records import Completion, Prompt, Rollout, Tokens, TrainState
 from jax_rlvr.sampling import sample
@@ -33,12 +33,14 @@ class Actor:
     tokenizer: renders prompts and ends completions.
     mesh: where sampling runs.
     slots: sequences decoded at one time, about.
+    dtype: to compute in, as the trainer does.
   """
 
   policy: PolicyConfig
   tokenizer: Tokenizer
   mesh: jax.sharding.Mesh
   slots: int
+  dtype: np.dtype = np.dtype(np.float32)
 
   def complete(
     self,
@@ -67,7 +69,9 @@ class Actor:
     shards = layouts.row_shards(self.mesh)
     wanted = min(len(prompts), max(1, self.slots // samples))
     slab = math.ceil(wanted / shards) * shards
-    weights = layouts.place(self.mesh, params, layouts.SAMPLING)
+    weights = layouts.place(
+      self.mesh, cast(params, self.dtype), layouts.SAMPLING
+    )
     for start in range(0, len(prompts), slab):
       # A short last slab repeats prompts, so that one shape serves all.
       index = [min(i, len(prompts) - 1) for i in range(start, start + slab)]

@@ -6,7 +6,6 @@ What can be refused is refused here, before anything compiles.
 from __future__ import annotations
 
 import functools
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from jax_rlvr import (
 from jax_rlvr import mesh as layouts
 from jax_rlvr.checkpoint import Checkpoints
 from jax_rlvr.config import Config, ConfigError, WarmUp
+from jax_rlvr.policy import attention
 from jax_rlvr.policy_gradient import token_gradients
 from jax_rlvr.prng import Stream
 from jax_rlvr.records import Prompt, TokenStats, TrainState
@@ -42,16 +42,18 @@ class Setup(NamedTuple):
   Attributes:
     config: its knobs.
     actor: completes prompts.
+    backend: of attention, in the update.
     prompts: trained on, of all tasks.
-    pretrained: host weights to start from, or None.
+    pretrained: weights to start from, still in their files; or None.
     workdir: the run directory.
     console: where to show progress.
   """
 
   config: Config
   actor: rollout.Actor
+  backend: attention.Backend
   prompts: list[Prompt]
-  pretrained: Any
+  pretrained: policy.Pretrained | None
   workdir: pathlib.Path
   console: Console
 
@@ -65,15 +67,23 @@ def prepare(spec: str, workdir: pathlib.Path, console: Console) -> Setup:
   """
   recipe = config.load(spec)
   c = recipe.config
-  pretrained = None
+  pretrained, tokenizer = None, c.tokenizer
   if isinstance(c.policy, policy.PolicyConfig):
-    shape, tokenizer = c.policy, c.tokenizer
+    shape = c.policy
     if tokenizer is None:
       raise ConfigError(
         'tokenizer=None with a policy of random weights; give a tokenizer'
       )
   else:
-    shape, pretrained, tokenizer = policy.load(c.policy)
+    pretrained = policy.load(c.policy)
+    shape = pretrained.config
+    if tokenizer is None:
+      tokenizer = pretrained.tokenizer
+    if tokenizer is None:
+      raise ConfigError(
+        f'{c.policy} brings no tokenizer; put tokenizer.json and '
+        'tokenizer_config.json beside the weights, or give tokenizer='
+      )
   if c.sequence_tokens > shape.max_tokens:
     raise ConfigError(
       f'max_prompt_tokens + max_completion_tokens = {c.sequence_tokens}, '
@@ -87,14 +97,14 @@ def prepare(spec: str, workdir: pathlib.Path, console: Console) -> Setup:
     for task in c.tasks
     for prompt in _checked(task, 'train', tokenizer, c.max_prompt_tokens)
   ]
+  mesh = layouts.make(slices=c.slices, fsdp=c.fsdp, tensor=c.tensor)
+  dtype = layouts.compute_dtype(c.compute_dtype, mesh)
   actor = rollout.Actor(
-    policy=shape,
-    tokenizer=tokenizer,
-    mesh=layouts.make(slices=c.slices, fsdp=c.fsdp, tensor=c.tensor),
-    slots=c.slots,
+    policy=shape, tokenizer=tokenizer, mesh=mesh, slots=c.slots, dtype=dtype
   )
+  backend = attention.choose(c.attention, shape, dtype, actor.mesh)
   checkpoint.write_manifest(workdir, recipe, shape, tokenizer)
-  return Setup(c, actor, prompts, pretrained, workdir, console)
+  return Setup(c, actor, backend, prompts, pretrained, workdir, console)
 
 
 def _check_filters(c: Config) -> None:
@@ -104,7 +114,8 @@ def _check_filters(c: Config) -> None:
   tokens = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((sequences, *x.shape[1:]), x.dtype), nothing
   )
-  stats = TokenStats(tokens.old_logprob, tokens.old_entropy)
+  extras = dict.fromkeys(c.token_extras, tokens.old_logprob)
+  stats = TokenStats(tokens.old_logprob, tokens.old_entropy, **extras)
   jax.eval_shape(
     lambda stats, tokens: token_gradients(
       c.filters, stats, tokens, key=jax.random.key(0)
@@ -134,10 +145,15 @@ def _checked(task, split, tokenizer, limit) -> Sequence[Prompt]:
 def start(setup: Setup, checkpoints: Checkpoints) -> TrainState:
   """The state to go on from: the last checkpoint, or the warm-up's end."""
   c, actor = setup.config, setup.actor
-  params = setup.pretrained
-  if params is None:
+  if setup.pretrained is None:
     params = policy.init(actor.policy, prng.key(c.seed, Stream.INIT, 0))
-  params = layouts.place(actor.mesh, params, layouts.TRAINING)
+    params = layouts.place(actor.mesh, params, layouts.TRAINING)
+  else:
+    abstract = policy.abstract_params(actor.policy)
+    setup.console.print(f'reading the weights of {c.policy}')
+    params = setup.pretrained.read(
+      layouts.shardings(actor.mesh, abstract, layouts.TRAINING)
+    )
   if c.warm_up and not checkpoints.steps():
     params = _warm_up(setup, c.warm_up, params)
   # State of filters is batch-level: any [B, T] will do.
@@ -171,6 +187,7 @@ def _warm_up(setup: Setup, settings: WarmUp, params: Any) -> Any:
       c.sequence_tokens,
       lambda rows: layouts.place_rows(actor.mesh, rows),
       checkpoints,
+      actor.dtype,
     ):
       params, done = state.params, int(state.step)
       if done % 50 == 0 or done == settings.steps:
@@ -189,6 +206,8 @@ def update_of(setup: Setup):
     c.max_prompt_tokens,
     c.max_completion_tokens,
     c.row_tokens,
+    shards,
+    setup.backend.shares_prompts,
   )
   return make_update(
     setup.actor.policy,
@@ -196,10 +215,15 @@ def update_of(setup: Setup):
     c.optimizer,
     inner_steps=c.inner_steps,
     row_tokens=c.row_tokens,
-    rows=math.ceil(rows / shards) * shards,
+    rows=rows,
     microbatch_rows=c.microbatch_tokens // c.row_tokens,
     temperature=c.temperature,
     remat=c.remat,
+    dtype=setup.actor.dtype,
+    extras=c.token_extras,
+    shards=shards,
+    share_prompts=setup.backend.shares_prompts,
+    backend=setup.backend,
     place=functools.partial(layouts.place_rows, mesh),
   )
 
@@ -220,6 +244,8 @@ def resolved(setup: Setup) -> rich.table.Table:
     'microbatch tokens': c.microbatch_tokens,
     'max prompt tokens': c.max_prompt_tokens,
     'max completion tokens': c.max_completion_tokens,
+    'attention': setup.backend.name,
+    'compute type': setup.actor.dtype.name,
     'temperature': c.temperature,
     'seed': c.seed,
     'devices': f'{jax.device_count()} × {jax.devices()[0].device_kind}',

@@ -19,7 +19,7 @@ import optax
 from jax_rlvr import masked, packing
 from jax_rlvr.checkpoint import Checkpoints, abstract_like
 from jax_rlvr.config import ConfigError, WarmUp
-from jax_rlvr.policy import PolicyConfig
+from jax_rlvr.policy import PolicyConfig, cast
 from jax_rlvr.records import Rows, Trace, TrainState
 from jax_rlvr.token_stats import token_stats
 from jax_rlvr.tokenizer import Tokenizer
@@ -73,6 +73,7 @@ def warm_up(
   row_tokens: int,
   place: Callable[[Any], Any],
   checkpoints: Checkpoints,
+  dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Iterator[tuple[TrainState, jax.Array]]:
   """Imitates traces, going on from the last checkpoint if there is one.
 
@@ -85,6 +86,7 @@ def warm_up(
     row_tokens: T.
     place: puts host rows on the devices.
     checkpoints: of this stage.
+    dtype: to compute in.
 
   Yields:
     (state, mean nats per token) after each update; the last one is in a
@@ -94,7 +96,7 @@ def warm_up(
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def step(params, opt_state, batch):
     def loss(params):
-      stats = token_stats(policy, params, batch)
+      stats = token_stats(policy, cast(params, dtype), batch)
       return -masked.mean(stats.logprob, batch.place >= 0)
 
     nats, grads = jax.value_and_grad(loss)(params)

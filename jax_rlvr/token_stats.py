@@ -7,17 +7,19 @@ only scored tokens are projected.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jax_rlvr import policy
-from jax_rlvr.policy import PolicyConfig
+from jax_rlvr.policy import PolicyConfig, attention
 from jax_rlvr.records import Rows, TokenStats
 
-if TYPE_CHECKING:
-  from jaxtyping import Array, Bool
+# Logits of a chunk, 128 MiB; but a chunk of fewer tokens would spend its time
+# on reading the head and its gradient.
+CHUNK_LOGITS = 2**25
+LEAST_TOKENS = 256
 
 
 def token_stats(
@@ -26,8 +28,10 @@ def token_stats(
   rows: Rows,
   *,
   temperature: float = 1.0,
-  remat: bool = True,
-  chunk_tokens: int = 256,
+  remat: policy.Remat = 'full',
+  chunk_tokens: int | None = None,
+  extras: tuple[str, ...] = (),
+  backend: attention.Backend = attention.XLA,
 ) -> TokenStats:
   """Log-probability of each scored token and entropy of its distribution.
 
@@ -36,14 +40,21 @@ def token_stats(
     params: of the policy.
     rows: R rows of W; tokens with place ≥ 0 are scored.
     temperature: the sampling temperature; logits are divided by it.
-    remat: recompute each layer in the backward pass instead of keeping it.
-    chunk_tokens: tokens whose logits exist at one time, about.
+    remat: what the backward pass keeps of each layer, see `policy.forward`.
+    chunk_tokens: tokens whose logits exist at one time, about; chosen from the
+      vocabulary if None.
+    extras: names of further fields of `TokenStats` to fill; they have no
+      gradient.
+    backend: of attention.
 
   Returns:
     float32 [R, W] each, 0 where nothing is scored. Differentiable in `params`.
   """
+  if chunk_tokens is None:
+    chunk_tokens = max(LEAST_TOKENS, CHUNK_LOGITS // config.vocab_size)
+  layout = policy.Layout(rows.positions, rows.group, rows.segment)
   hidden = policy.forward(
-    config, params, rows.ids, rows.positions, _visible(rows), remat=remat
+    config, params, rows.ids, layout, remat=remat, backend=backend
   )
   # Each row's scored tokens first: chunks past the fullest row are skipped.
   scored = rows.place >= 0
@@ -60,8 +71,14 @@ def token_stats(
   targets = jnp.pad(in_order(rows.ids), ((0, 0), (0, pad)))
   fullest = jnp.max(jnp.sum(scored, axis=1, dtype=jnp.int32))
   live = (fullest + width - 1) // width
+  head = params.get('head')
   stats = _project(
-    hidden, policy.head(params), targets, live, temperature, width
+    _Projection(width, config.logit_softcap, head is None, tuple(extras)),
+    hidden,
+    params['embed'] if head is None else head,
+    targets,
+    live,
+    temperature,
   )
   # Rank of each token among its row's scored ones leads back to its place.
   rank = jnp.maximum(jnp.cumsum(scored, axis=1) - 1, 0)
@@ -69,30 +86,47 @@ def token_stats(
   def back(x):
     return jnp.where(scored, jnp.take_along_axis(x, rank, axis=1), 0.0)
 
-  return TokenStats(*map(back, stats))
+  names = 'logprob', 'entropy', *extras
+  return TokenStats(**dict(zip(names, map(back, stats), strict=True)))
 
 
-def _visible(rows: Rows) -> Bool[Array, 'R W W']:
-  """A token sees its own segment's past and its group's prompt."""
-  group, segment = rows.group, rows.segment
-  same_group = group[:, :, None] == group[:, None, :]
-  same_segment = segment[:, :, None] == segment[:, None, :]
-  on_prompt = segment[:, None, :] == 0
-  past = rows.positions[:, :, None] >= rows.positions[:, None, :]
-  return same_group & (same_segment | on_prompt) & past
+class _Projection(NamedTuple):
+  """How hidden states become stats, beside arrays.
+
+  Attributes:
+    width: columns of a chunk.
+    softcap: of the logits, if any.
+    tied: the head is an embedding [V, D], not [D, V].
+    extras: names of further stats.
+  """
+
+  width: int
+  softcap: float | None
+  tied: bool
+  extras: tuple[str, ...]
+
+  @property
+  def head(self) -> str:
+    return 'vd' if self.tied else 'dv'
 
 
-def _chunk(hidden, head, targets, temperature):
-  """Scaled logits' log-softmax facts for one chunk [B, c]."""
+def _scores(how, hidden, head, temperature):
+  """Scaled logits [B, c, V] of a chunk, and their slope in what the head gives.
+
+  The slope is a soft cap's.
+  """
   scores = jnp.einsum(
-    'bcd,dv->bcv', hidden, head, preferred_element_type=jnp.float32
+    f'bcd,{how.head}->bcv', hidden, head, preferred_element_type=jnp.float32
   )
-  scores = scores / temperature
-  logprobs = jax.nn.log_softmax(scores, axis=-1)
-  picked = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
-  # exp underflows to 0 exactly where logprob is very low: 0 · −big, never NaN.
-  entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
-  return logprobs, picked, entropy
+  slope = 1.0
+  if how.softcap is not None:
+    bent = jnp.tanh(scores / how.softcap)
+    scores, slope = how.softcap * bent, 1.0 - bent**2
+  return scores / temperature, slope
+
+
+def _at(x, targets):
+  return jnp.take_along_axis(x, targets[..., None], axis=-1)[..., 0]
 
 
 def _slice(x, i, width):
@@ -103,51 +137,90 @@ def _write(x, part, i, width):
   return jax.lax.dynamic_update_slice_in_dim(x, part, i * width, axis=1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _project(hidden, head, targets, live, temperature, width):
-  """(logprob, entropy) [B, T] of the first `live` chunks, 0 beyond."""
+_EXTRAS = {
+  'p2': lambda scores, logprobs, target: jnp.sum(jnp.exp(2 * logprobs), -1),
+  'p2_logp': lambda scores, logprobs, target: jnp.sum(
+    # 0 · −inf of a token that cannot be drawn is 0.
+    jnp.where(logprobs > -jnp.inf, jnp.exp(2 * logprobs) * logprobs, 0.0),
+    -1,
+  ),
+  'logit': lambda scores, logprobs, target: _at(scores, target),
+  'confidence': lambda scores, logprobs, target: (
+    jax.nn.logsumexp(scores, -1) - jnp.mean(scores, -1)
+  ),
+}
 
-  def step(i, stats):
-    _, *new = _chunk(
-      _slice(hidden, i, width), head, _slice(targets, i, width), temperature
-    )
+
+def _facts(how, hidden, head, targets, live, temperature):
+  """Of the first `live` chunks, else 0, [B, T] each.
+
+  The largest score and the log of the sum over it, logprob, entropy, extras.
+  """
+
+  def step(i, facts):
+    target = _slice(targets, i, how.width)
+    scores, _ = _scores(how, _slice(hidden, i, how.width), head, temperature)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    total = jnp.log(jnp.sum(jnp.exp(scores - top), axis=-1, keepdims=True))
+    logprobs = scores - top - total
+    # exp underflows to 0 exactly where logprob is very low: 0 · −big, no NaN.
+    entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+    new = [top[..., 0], total[..., 0], _at(logprobs, target), entropy]
+    new += [_EXTRAS[name](scores, logprobs, target) for name in how.extras]
     return [
-      _write(x, part, i, width) for x, part in zip(stats, new, strict=True)
+      _write(x, part, i, how.width) for x, part in zip(facts, new, strict=True)
     ]
 
   empty = jnp.zeros(targets.shape, jnp.float32)
-  return tuple(jax.lax.fori_loop(0, live, step, [empty, empty]))
+  facts = [empty] * (4 + len(how.extras))
+  return jax.lax.fori_loop(0, live, step, facts)
 
 
-def _project_forward(hidden, head, targets, live, temperature, width):
-  out = _project(hidden, head, targets, live, temperature, width)
-  return out, (hidden, head, targets, live, temperature)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(how, hidden, head, targets, live, temperature):
+  """logprob, entropy and extras, [B, T], of the first `live` chunks, else 0."""
+  return tuple(_facts(how, hidden, head, targets, live, temperature)[2:])
 
 
-def _project_backward(width, saved, cotangents):
+def _project_forward(how, hidden, head, targets, live, temperature):
+  top, total, *stats = _facts(how, hidden, head, targets, live, temperature)
+  entropy = stats[1]
+  saved = hidden, head, targets, live, temperature, top, total, entropy
+  return tuple(stats), saved
+
+
+def _project_backward(how, saved, cotangents):
   """Recomputes each chunk's logits; sums the head's gradient in float32.
 
   With p the softmax: dlogprob/dlogits = onehot − p and
-  dentropy/dlogits = −p (log p + entropy), both over temperature.
+  dentropy/dlogits = −p (log p + entropy), both over temperature. What a token
+  needs of its whole softmax is kept, so that no chunk is read twice.
   """
-  hidden, head, targets, live, temperature = saved
+  hidden, head, targets, live, temperature, *facts = saved
+  columns = targets, *facts, *cotangents[:2]
 
   def step(i, grads):
     hidden_grad, head_grad = grads
-    x, target = _slice(hidden, i, width), _slice(targets, i, width)
-    to_logprob, to_entropy = (_slice(c, i, width) for c in cotangents)
-    logprobs, _, entropy = _chunk(x, head, target, temperature)
-    pull = to_logprob[..., None] + to_entropy[..., None] * (
-      logprobs + entropy[..., None]
+    x = _slice(hidden, i, how.width)
+    target, top, total, entropy, to_logprob, to_entropy = (
+      _slice(c, i, how.width)[..., None] for c in columns
     )
-    onehot = jax.nn.one_hot(target, logprobs.shape[-1], dtype=jnp.float32)
-    logits_grad = to_logprob[..., None] * onehot - jnp.exp(logprobs) * pull
-    logits_grad = (logits_grad / temperature).astype(head.dtype)
-    part = jnp.einsum('bcv,dv->bcd', logits_grad, head)
+    scores, slope = _scores(how, x, head, temperature)
+    logprobs = scores - top - total
+    pull = to_logprob + to_entropy * (logprobs + entropy)
+    chosen = target == jnp.arange(scores.shape[-1])[None, None]
+    logits_grad = jnp.where(chosen, to_logprob, 0.0) - jnp.exp(logprobs) * pull
+    logits_grad = (logits_grad * slope / temperature).astype(head.dtype)
+    part = jnp.einsum(
+      f'bcv,{how.head}->bcd', logits_grad, head,
+      preferred_element_type=jnp.float32,
+    )  # fmt: skip
     head_grad += jnp.einsum(
-      'bcd,bcv->dv', x, logits_grad, preferred_element_type=jnp.float32
-    )
-    return _write(hidden_grad, part.astype(x.dtype), i, width), head_grad
+      f'bcd,bcv->{how.head}', x, logits_grad,
+      preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    part = part.astype(x.dtype)
+    return _write(hidden_grad, part, i, how.width), head_grad
 
   start = jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)
   hidden_grad, head_grad = jax.lax.fori_loop(0, live, step, start)

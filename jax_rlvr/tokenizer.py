@@ -10,22 +10,21 @@ jax.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import io
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Protocol, runtime_checkable
 
-import jinja2
 import sentencepiece
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-Messages = Sequence[Mapping[str, str]]
+from jax_rlvr import chat
+from jax_rlvr import tokenizer_folder as folders
+from jax_rlvr.chat import Messages
 
 
 @runtime_checkable
@@ -61,25 +60,67 @@ class Tokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SentencePiece:
-  """A SentencePiece model; a completion ends with its </s>.
+  """A SentencePiece model with, perhaps, a chat template.
 
-  Conversations are their joined contents: there is no chat template.
+  Templates are those of `HuggingFace`. Each stretch of a rendered conversation
+  between special pieces is encoded as a text of its own.
 
   Attributes:
     model: the model file's bytes.
+    end_tokens: pieces that end a completion; the first closes traces. The
+      model's </s> if none are given.
+    chat_template: Jinja; None joins the contents.
+    bos_token: for the chat template.
+    eos_token: for the chat template; the first end token if not given.
+    special_tokens: user-defined pieces that are special, beside the control
+      pieces and those named above: no text becomes one.
   """
 
   model: bytes = dataclasses.field(repr=False)
+  end_tokens: tuple[str, ...] = ()
+  chat_template: str | None = dataclasses.field(default=None, repr=False)
+  bos_token: str = ''
+  eos_token: str = ''
+  special_tokens: frozenset[str] = frozenset()
 
   def __post_init__(self):
-    if self._processor.eos_id() < 0:
-      raise ValueError(
-        'the SentencePiece model has no end token; train it with eos_id >= 0'
-      )
+    if not self.end_tokens:
+      end = self._processor.eos_id()
+      if end < 0:
+        raise ValueError(
+          'the SentencePiece model has no end token; train it with eos_id >= '
+          '0, or name end_tokens'
+        )
+      ends = (self._processor.id_to_piece(end),)
+      object.__setattr__(self, 'end_tokens', ends)
+    object.__setattr__(self, 'eos_token', self.eos_token or self.end_tokens[0])
+    for token in self._named:
+      if token not in self._special:
+        raise ValueError(
+          f'{token!r} is no control or user-defined piece of the SentencePiece '
+          'model; use a model that has it, or a tokenizer.json'
+        )
+    # Refuses what it cannot break up.
+    self._plain('')
+
+  @property
+  def _named(self) -> list[str]:
+    named = (self.bos_token, self.eos_token)
+    return [*filter(None, named), *self.end_tokens, *self.special_tokens]
 
   @functools.cached_property
   def _processor(self) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_proto=self.model)
+    model = self.model
+    # User-defined pieces are found in texts, control pieces never.
+    for token in self._named:
+      model = _as_control(model, token)
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
+
+  @functools.cached_property
+  def _special(self) -> dict[str, int]:
+    processor = self._processor
+    ids = filter(processor.is_control, range(processor.vocab_size()))
+    return {processor.id_to_piece(i): i for i in ids}
 
   @property
   def vocab_size(self) -> int:
@@ -87,7 +128,7 @@ class SentencePiece:
 
   @property
   def end_ids(self) -> tuple[int, ...]:
-    return (self._processor.eos_id(),)
+    return tuple(self._special[token] for token in self.end_tokens)
 
   def encode(self, text: str) -> list[int]:
     """The ids of a text.
@@ -113,10 +154,52 @@ class SentencePiece:
     return self._processor.decode([int(i) for i in ids])
 
   def render(self, messages: Messages) -> list[int]:
-    return self.encode(_joined(messages))
+    if self.chat_template is None:
+      return self.encode(chat.joined(messages))
+    text = chat.render(
+      self.chat_template,
+      messages,
+      self._plain,
+      self.bos_token,
+      self.eos_token,
+    )
+    ids = []
+    for part in self._split(text):
+      if part in self._special:
+        ids.append(self._special[part])
+      else:
+        ids += self.encode(part.replace(chat.BREAK, ''))
+    return ids
+
+  @functools.cached_property
+  def _plain(self) -> Callable[[str], str]:
+    return chat.guard(self._special)
+
+  @functools.cached_property
+  def _split(self) -> Callable[[str], list[str]]:
+    # The longest of those that start at one place, as tokenizer.json does it.
+    tokens = sorted(self._special, key=len, reverse=True)
+    return re.compile(f'({"|".join(map(re.escape, tokens))})').split
 
   def save(self, folder: str | os.PathLike[str]) -> None:
-    _write(folder, {'sentencepiece.model': self.model})
+    """Writes the model alone, or all of it as a Hugging Face folder."""
+    if self == SentencePiece(self.model):
+      folders.write(folder, {'sentencepiece.model': self.model})
+      return
+    special = {'additional_special_tokens': sorted(self.special_tokens)}
+    files = {'tokenizer.model': self.model}
+    folders.write(folder, files | folders.settings(self, special))
+
+
+def _as_control(model: bytes, piece: str) -> bytes:
+  """The model with this piece, if it is user-defined, made a control piece.
+
+  A model file has for each piece its text (field 1, with a length), score
+  (field 2, four bytes) and type (field 3): 4 is user-defined, 3 is control.
+  """
+  text = piece.encode()
+  entry = rb'(\x0a%b\x15.{4}\x18)\x04' % re.escape(bytes([len(text)]) + text)
+  return re.sub(entry, b'\\1\x03', model, flags=re.DOTALL)
 
 
 def train_characters(texts: Iterable[str]) -> SentencePiece:
@@ -171,32 +254,27 @@ def train_characters(texts: Iterable[str]) -> SentencePiece:
   return tokenizer
 
 
-# Breaks up special tokens in a text on its way to the library, which looks
-# for special tokens first and normalizes later: the normalizer removes it.
-# A Unicode noncharacter, which no text has.
-_BREAK = '\ufdd0'
-
-
 @dataclasses.dataclass(frozen=True)
 class HuggingFace:
   """A tokenizer.json with, perhaps, a chat template.
 
-  Templates run as in transformers 5, without its `generation` tag: `messages`,
-  `bos_token`, `eos_token` (the first end token) and `add_generation_prompt`,
-  which is true. Special tokens in the contents of messages stay text; roles
-  are taken as they are.
+  Templates run as in transformers 5: `messages`, `bos_token`, `eos_token` and
+  `add_generation_prompt`, which is true. Special tokens in messages stay text;
+  roles are taken as they are.
 
   Attributes:
     tokenizer_json: the file's text.
     end_tokens: tokens that end a completion; the first closes traces.
     chat_template: Jinja; None joins the contents.
     bos_token: for the chat template.
+    eos_token: for the chat template; the first end token if not given.
   """
 
   tokenizer_json: str = dataclasses.field(repr=False)
   end_tokens: tuple[str, ...]
   chat_template: str | None = dataclasses.field(default=None, repr=False)
   bos_token: str = ''
+  eos_token: str = ''
 
   def __post_init__(self):
     if not self.end_tokens or set(self.end_tokens) - set(self._special):
@@ -204,13 +282,23 @@ class HuggingFace:
         f'end_tokens={self.end_tokens!r} must be one or more of the special '
         'tokens that tokenizer.json adds; name those that end a completion'
       )
+    object.__setattr__(self, 'eos_token', self.eos_token or self.end_tokens[0])
+    # What a text may become: it hides the text, but directs nothing.
+    unknown = self.encode('\U0010fffd')
+    for token, i in self._special.items():
+      if i in self.encode(token) and i not in unknown:
+        raise ValueError(
+          f'a text that spells {token!r} becomes that special token; give a '
+          'tokenizer that has other tokens for its characters'
+        )
 
   @functools.cached_property
   def _tokenizer(self) -> tokenizers.Tokenizer:
     spec = json.loads(self.tokenizer_json)
+    # The library looks for special tokens first and normalizes later.
     unbreak = {
       'type': 'Replace',
-      'pattern': {'String': _BREAK},
+      'pattern': {'String': chat.BREAK},
       'content': '',
     }
     stages = [unbreak, spec['normalizer']] if spec['normalizer'] else [unbreak]
@@ -227,20 +315,8 @@ class HuggingFace:
     return {token.content: i for i, token in added.items() if token.special}
 
   @functools.cached_property
-  def _template(self) -> jinja2.Template | None:
-    if self.chat_template is None:
-      return None
-    environment = ImmutableSandboxedEnvironment(
-      trim_blocks=True,
-      lstrip_blocks=True,
-      extensions=['jinja2.ext.loopcontrols'],
-    )
-    environment.filters['tojson'] = _tojson
-    functions = {
-      'raise_exception': _raise_exception,
-      'strftime_now': _strftime_now,
-    }
-    return environment.from_string(self.chat_template, globals=functions)
+  def _plain(self) -> Callable[[str], str]:
+    return chat.guard(self._special)
 
   @property
   def vocab_size(self) -> int:
@@ -257,108 +333,68 @@ class HuggingFace:
     return self._tokenizer.decode([int(i) for i in ids])
 
   def render(self, messages: Messages) -> list[int]:
-    if self._template is None:
-      return self.encode(_joined(messages))
-    plain = [{**m, 'content': self._plain(m['content'])} for m in messages]
-    text = self._template.render(
-      messages=plain,
-      # None, not undefined: templates ask `if tools is not none`.
-      tools=None,
-      documents=None,
-      add_generation_prompt=True,
-      bos_token=self.bos_token,
-      eos_token=self.end_tokens[0],
+    if self.chat_template is None:
+      return self.encode(chat.joined(messages))
+    text = chat.render(
+      self.chat_template,
+      messages,
+      self._plain,
+      self.bos_token,
+      self.eos_token,
     )
     return self._ids(text)
 
   def save(self, folder: str | os.PathLike[str]) -> None:
     """Writes a folder that transformers, too, loads."""
-    config = {
-      'tokenizer_class': 'PreTrainedTokenizerFast',
-      'bos_token': self.bos_token or None,
-      'eos_token': self.end_tokens[0],
-      'end_tokens': self.end_tokens,
-    }
-    files = {
-      'tokenizer.json': self.tokenizer_json,
-      'tokenizer_config.json': json.dumps(config, indent=2) + '\n',
-    }
-    if self.chat_template is not None:
-      files['chat_template.jinja'] = self.chat_template
-    _write(folder, {name: text.encode() for name, text in files.items()})
+    kind = {'tokenizer_class': 'PreTrainedTokenizerFast'}
+    tokenizer_json = {'tokenizer.json': self.tokenizer_json.encode()}
+    folders.write(folder, tokenizer_json | folders.settings(self, kind))
 
   def _ids(self, text: str) -> list[int]:
     return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-  def _plain(self, text: str) -> str:
-    """The text with every special token in it broken up."""
-    return self._break.sub(rf'\1{_BREAK}', text)
-
-  @functools.cached_property
-  def _break(self) -> re.Pattern[str]:
-    # A look-ahead, since special tokens in a text may overlap.
-    special = '|'.join(re.escape(token) for token in self._special)
-    return re.compile(f'(?={special})(.)', re.DOTALL)
 
 
 def load(folder: str | os.PathLike[str]) -> Tokenizer:
   """The tokenizer that `save` wrote, or that of a Hugging Face model folder.
 
+  Of a model folder, tokenizer.json goes before tokenizer.model. Completions end
+  where transformers ends them: at the eos_token_id of generation_config.json
+  and nowhere else. Where that has none, at the eos_token of
+  tokenizer_config.json, or else at the eos_token_id of config.json. The
+  eos_token, if it is among them, is the first.
+
   Raises:
     FileNotFoundError: the folder holds no tokenizer.
-    ValueError: tokenizer_config.json names no end token.
+    ValueError: no file names an end token, or one names an id that is none.
   """
   folder = pathlib.Path(folder)
-  model = folder / 'sentencepiece.model'
-  if model.exists():
-    return SentencePiece(model.read_bytes())
+  settings = folder / 'tokenizer_config.json'
+  config = folders.read_json(settings)
   tokenizer_json = folder / 'tokenizer.json'
-  tokenizer_config = folder / 'tokenizer_config.json'
-  if not (tokenizer_json.exists() and tokenizer_config.exists()):
-    raise FileNotFoundError(
-      f'no tokenizer in {folder}; it needs {model.name}, or '
-      f'{tokenizer_json.name} and {tokenizer_config.name}'
+  own = folder / 'sentencepiece.model'
+  model = own if own.exists() else folder / 'tokenizer.model'
+  if tokenizer_json.exists() and settings.exists() and model != own:
+    text = tokenizer_json.read_bytes().decode()
+    added = json.loads(text)['added_tokens']
+    special = {t['id']: t['content'] for t in added if t['special']}
+    ends = folders.end_tokens(folder, config, special)
+    if not ends:
+      raise ValueError(f'{settings} has no end token; set "eos_token"')
+    return HuggingFace(text, **folders.fields(folder, config, ends))
+  if model.exists():
+    content = model.read_bytes()
+    processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+    ids = range(processor.vocab_size())
+    pieces = {i: processor.id_to_piece(i) for i in ids}
+    special = folders.special_tokens(config)
+    special.discard(pieces[processor.unk_id()])
+    ends = folders.end_tokens(folder, config, pieces)
+    return SentencePiece(
+      content,
+      special_tokens=frozenset(special),
+      **folders.fields(folder, config, ends),
     )
-  config = json.loads(tokenizer_config.read_bytes())
-  end_tokens = config.get('end_tokens') or [_content(config.get('eos_token'))]
-  if not end_tokens[0]:
-    raise ValueError(f'{tokenizer_config} has no end token; set "eos_token"')
-  chat_template = config.get('chat_template')
-  if (folder / 'chat_template.jinja').exists():
-    chat_template = (folder / 'chat_template.jinja').read_bytes().decode()
-  return HuggingFace(
-    tokenizer_json.read_bytes().decode(),
-    end_tokens=tuple(end_tokens),
-    chat_template=chat_template,
-    bos_token=_content(config.get('bos_token')) or '',
+  raise FileNotFoundError(
+    f'no tokenizer in {folder}; it needs {tokenizer_json.name} and '
+    f'{settings.name}, or {own.name}, or {model.name}'
   )
-
-
-def _content(token):
-  """Hugging Face writes a token as its text or as an object with flags."""
-  return token['content'] if isinstance(token, dict) else token
-
-
-def _joined(messages: Messages) -> str:
-  return ''.join(message['content'] for message in messages)
-
-
-def _write(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  for name, content in files.items():
-    (folder / name).write_bytes(content)
-
-
-def _tojson(value, **options):
-  """Jinja's own escapes HTML and non-ASCII, which no model was trained on."""
-  options: dict = {'ensure_ascii': False} | options
-  return json.dumps(value, **options)
-
-
-def _raise_exception(message):
-  raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form):
-  return datetime.datetime.now().strftime(form)

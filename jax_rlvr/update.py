@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import optax
 
 from jax_rlvr import evidence
 from jax_rlvr.packing import pack
-from jax_rlvr.policy import PolicyConfig
+from jax_rlvr.policy import PolicyConfig, Remat, attention, cast
 from jax_rlvr.policy_gradient import token_gradients
 from jax_rlvr.records import Rows, Tokens, TokenStats, Tracked, TrainState
 from jax_rlvr.token_stats import token_stats
@@ -37,7 +37,12 @@ def make_update(
   rows: int,
   microbatch_rows: int,
   temperature: float,
-  remat: bool = True,
+  remat: Remat = 'full',
+  dtype: jax.typing.DTypeLike = jnp.float32,
+  extras: Sequence[str] = (),
+  shards: int = 1,
+  share_prompts: bool = True,
+  backend: attention.Backend = attention.XLA,
   place: Callable[[Any], Any] = jax.device_put,
 ) -> Callable[[TrainState, Tokens, jax.Array], tuple[TrainState, Measured]]:
   """Builds `update(state, tokens, key) -> (state, measured)`.
@@ -51,22 +56,31 @@ def make_update(
     optimizer: the weight-space chain.
     inner_steps: weight updates per batch; divides the sequences.
     row_tokens: W, tokens of a packed row.
-    rows: R, packed rows of an inner batch at the most.
-    microbatch_rows: rows that go through a vjp at one time.
+    rows: R, packed rows of an inner batch at the most; a multiple of shards.
+    microbatch_rows: rows that go through a vjp at one time, the same number
+      from each shard and one at least.
     temperature: the rollout's.
-    remat: recompute each layer in the backward pass instead of keeping it.
+    remat: what the backward pass keeps of each layer, see `policy.forward`.
+    dtype: to compute in; weights, their gradients and the optimizer's state
+      are float32 all the same.
+    extras: names of further fields of `TokenStats` for filters to read.
+    shards: parts in which `place` cuts rows.
+    share_prompts: completions of a prompt share its tokens in a row.
+    backend: of attention.
     place: puts host rows on the devices.
-  """
-  stats_of = functools.partial(
-    token_stats, policy, temperature=temperature, remat=remat
-  )
 
-  @functools.partial(jax.jit, donate_argnums=(0, 1), static_argnums=(6,))
-  def inner_step(params, opt_state, filter_state, tokens, packed, key, first):
-    return _inner_step(
-      stats_of, filters, optimizer, microbatch_rows,
-      params, opt_state, filter_state, tokens, packed, key, first,
-    )  # fmt: skip
+  Raises:
+    ValueError: prompts are to be shared, and the backend cannot.
+  """
+  if share_prompts and not backend.shares_prompts:
+    raise ValueError(
+      f'{backend.name} attention cannot share prompts; give share_prompts=False'
+    )
+  inner_step = make_inner_step(
+    policy, filters, optimizer, microbatch_rows=microbatch_rows,
+    temperature=temperature, remat=remat, dtype=dtype, extras=extras,
+    shards=shards, backend=backend,
+  )  # fmt: skip
 
   def update(
     state: TrainState, tokens: Tokens, key: jax.Array
@@ -77,9 +91,10 @@ def make_update(
     for i in range(inner_steps):
       inner = slice(i * sequences, (i + 1) * sequences)
       part = jax.tree.map(operator.itemgetter(inner), tokens)
+      packed = pack(part, row_tokens, rows, shards, share_prompts)
       params, opt_state, filter_state, scalars = inner_step(
-        params, opt_state, filter_state, place(part),
-        place(pack(part, row_tokens, rows)), jax.random.fold_in(key, i), i == 0,
+        params, opt_state, filter_state, place(part), place(packed),
+        jax.random.fold_in(key, i), i == 0,
       )  # fmt: skip
       measured.append(scalars)
     state = state._replace(
@@ -90,39 +105,88 @@ def make_update(
   return update
 
 
+def make_inner_step(
+  policy: PolicyConfig,
+  filters: optax.GradientTransformation,
+  optimizer: optax.GradientTransformation,
+  *,
+  microbatch_rows: int,
+  temperature: float,
+  remat: Remat = 'full',
+  dtype: jax.typing.DTypeLike = jnp.float32,
+  extras: Sequence[str] = (),
+  shards: int = 1,
+  backend: attention.Backend = attention.XLA,
+):
+  """Builds the jitted inner step of `make_update`, where args are described.
+
+  `inner_step(params, opt_state, filter_state, tokens, rows, key, on_policy) ->
+  (params, opt_state, filter_state, scalars)` takes an inner batch both as
+  Tokens and packed. Params and optimizer state are donated; `on_policy` is
+  static.
+  """
+  stats_of = functools.partial(
+    token_stats,
+    policy,
+    temperature=temperature,
+    remat=remat,
+    backend=backend,
+  )
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1), static_argnums=(6,))
+  def inner_step(
+    params, opt_state, filter_state, tokens, packed, key, on_policy
+  ):
+    return _inner_step(
+      stats_of, filters, optimizer, microbatch_rows, dtype, tuple(extras),
+      shards, params, opt_state, filter_state, tokens, packed, key, on_policy,
+    )  # fmt: skip
+
+  return inner_step
+
+
 def _inner_step(
-  stats_of, filters, optimizer, microbatch_rows,
+  stats_of, filters, optimizer, microbatch_rows, dtype, extras, shards,
   params, opt_state, filter_state, tokens, packed, key, on_policy,
 ):  # fmt: skip
-  # While the weights are those that sampled, the sampler's own numbers serve:
-  # they cost nothing, and every ratio is exactly 1.
+  shape = tokens.mask.shape
   sampled = TokenStats(tokens.old_logprob, tokens.old_entropy)
-  if packed.ids.shape[0] <= microbatch_rows:
+  # Once, whatever the number of microbatches.
+  weights = cast(params, dtype)
+  if packed.ids.shape[0] <= max(microbatch_rows, shards):
     # One vjp serves both passes.
-    stats, pullback = jax.vjp(
-      lambda p: _unpacked(stats_of(p, packed), packed, tokens.mask.shape),
-      params,
-    )
-    stats = sampled if on_policy else stats
+
+    def apart(weights):
+      stats = _unpacked(stats_of(weights, packed, extras=extras), packed, shape)
+      return _with_gradient(stats), stats
+
+    _, pullback, stats = jax.vjp(apart, weights, has_aux=True)
   else:
     stats = sampled
-    if not on_policy:
+    if extras or not on_policy:
       stats = _stats_by_microbatch(
-        stats_of, params, packed, tokens.mask.shape, microbatch_rows
-      )
+        functools.partial(stats_of, extras=extras), weights, packed, shape,
+        microbatch_rows, shards,
+      )  # fmt: skip
     pullback = functools.partial(
-      _pull_by_microbatch, stats_of, params, packed, microbatch_rows
-    )
+      _pull_by_microbatch, stats_of, weights, packed, microbatch_rows,
+      shards=shards,
+    )  # fmt: skip
+  if on_policy:
+    # While the weights are those that sampled, the sampler's own numbers
+    # serve: they cost nothing, and every ratio is exactly 1.
+    stats = stats._replace(logprob=sampled.logprob, entropy=sampled.entropy)
   token_grads, next_filter_state = token_gradients(
     filters, stats, tokens, key=key, state=filter_state
   )
-  (grads,) = pullback(token_grads)
+  (grads,) = pullback(_with_gradient(token_grads))
+  grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
   grad_norm = optax.tree.norm(grads)
-  steps, next_opt_state = optimizer.update(grads, opt_state, params)
   good = jnp.any(_touched(token_grads)) & jnp.isfinite(grad_norm)
 
-  def if_good(new, old):
-    return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+  def step(params, opt_state, _):
+    steps, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, steps), opt_state, next_filter_state
 
   measured = {
     'grad_norm': grad_norm,
@@ -130,11 +194,16 @@ def _inner_step(
     **evidence.summary(stats, tokens),
     **_reports(next_filter_state),
   }
-  state = if_good(
-    (optax.apply_updates(params, steps), next_opt_state, next_filter_state),
-    (params, opt_state, filter_state),
+  # Not a select, which would need old and new at one time.
+  state = jax.lax.cond(
+    good, step, lambda *state: state, params, opt_state, filter_state
   )
   return *state, measured
+
+
+def _with_gradient(stats: TokenStats) -> TokenStats:
+  """The statistics that weights are reached through."""
+  return TokenStats(stats.logprob, stats.entropy)
 
 
 def _touched(token_grads: TokenStats) -> jax.Array:
@@ -144,7 +213,7 @@ def _touched(token_grads: TokenStats) -> jax.Array:
 
 
 def _unpacked(stats: TokenStats, packed: Rows, shape) -> TokenStats:
-  """[R, W] → [B, T]."""
+  """[…, W] → [B, T]."""
   size = shape[0] * shape[1]
   index = jnp.where(packed.place < 0, size, packed.place)
 
@@ -155,7 +224,7 @@ def _unpacked(stats: TokenStats, packed: Rows, shape) -> TokenStats:
 
 
 def _packed(token_grads: TokenStats, packed: Rows) -> TokenStats:
-  """[B, T] → [R, W], 0 where nothing is scored."""
+  """[B, T] → […, W], 0 where nothing is scored."""
   index = jnp.maximum(packed.place, 0)
   return jax.tree.map(
     lambda x: jnp.where(packed.place < 0, 0.0, x.reshape(-1)[index]),
@@ -164,37 +233,67 @@ def _packed(token_grads: TokenStats, packed: Rows) -> TokenStats:
 
 
 def _stats_by_microbatch(
-  stats_of, params, packed, shape, microbatch_rows
+  stats_of, params, packed, shape, microbatch_rows, shards=1
 ) -> TokenStats:
-  order, trips = _first(jnp.any(packed.place >= 0, axis=1), microbatch_rows)
+  empty = jax.tree.map(
+    lambda x: jnp.zeros((shards, x.shape[0] // shards, *x.shape[1:]), x.dtype),
+    jax.eval_shape(stats_of, params, packed),
+  )
+  packed = _by_shard(packed, shards)
+  trips, chosen = _microbatches(packed.place >= 0, microbatch_rows)
 
   def body(i, stats):
-    rows = _microbatch(packed, order, i, microbatch_rows)
-    part = _unpacked(stats_of(params, rows), rows, shape)
-    return jax.tree.map(jnp.add, stats, part)
+    index = chosen(i)
+    part = _by_shard(stats_of(params, _rows(packed, index)), shards)
+    return jax.tree.map(lambda x, p: _put(x, index, p), stats, part)
 
-  empty = jnp.zeros(shape, jnp.float32)
-  return jax.lax.fori_loop(0, trips, body, TokenStats(empty, empty))
+  stats = jax.lax.fori_loop(0, trips, body, empty)
+  return _unpacked(stats, packed, shape)
 
 
 def _pull_by_microbatch(
-  stats_of, params, packed, microbatch_rows, token_grads
+  stats_of, params, packed, microbatch_rows, token_grads, shards=1
 ) -> tuple[Any]:
   """Weight gradients of the rows that have token gradients, in float32."""
+  packed = _by_shard(packed, shards)
   cotangents = _packed(token_grads, packed)
   # What has no gradient need not be scored either.
   touched = _touched(cotangents)
   packed = packed._replace(place=jnp.where(touched, packed.place, -1))
-  order, trips = _first(jnp.any(touched, axis=1), microbatch_rows)
+  trips, chosen = _microbatches(touched, microbatch_rows)
 
   def body(i, total):
-    rows = _microbatch(packed, order, i, microbatch_rows)
+    index = chosen(i)
+    rows = _rows(packed, index)
     _, pullback = jax.vjp(lambda p: stats_of(p, rows), params)
-    (grads,) = pullback(_packed(token_grads, rows))
+    (grads,) = pullback(_take(cotangents, index))
     return jax.tree.map(lambda a, g: a + g.astype(a.dtype), total, grads)
 
   zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
   return (jax.lax.fori_loop(0, trips, body, zeros),)
+
+
+# Rows as each device holds them: [R, …] seen as [shards, n, …]. A microbatch
+# takes as many of every shard, so that no row moves between devices.
+
+
+def _by_shard(rows, shards: int):
+  return jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), rows)
+
+
+def _microbatches(wanted: jax.Array, microbatch_rows: int):
+  """How many there are, and i → which rows of each shard [shards, m].
+
+  Only rows that have anything wanted [shards, n, W]; n stands for no row.
+  """
+  wanted = jnp.any(wanted, axis=2)
+  each = max(microbatch_rows // wanted.shape[0], 1)
+  order, trips = jax.vmap(_first, (0, None))(wanted, each)
+
+  def chosen(i):
+    return jax.lax.dynamic_slice_in_dim(order, i * each, each, axis=1)
+
+  return jnp.max(trips), chosen
 
 
 def _first(wanted: jax.Array, microbatch_rows: int):
@@ -208,14 +307,28 @@ def _first(wanted: jax.Array, microbatch_rows: int):
   return order, (count + microbatch_rows - 1) // microbatch_rows
 
 
-def _microbatch(packed: Rows, order, i, microbatch_rows: int) -> Rows:
-  """Rows of microbatch i; those past the last are padding."""
-  index = jax.lax.dynamic_slice_in_dim(
-    order, i * microbatch_rows, microbatch_rows
-  )
-  rows = jax.tree.map(lambda x: jnp.take(x, index, 0, mode='clip'), packed)
-  live = index < packed.ids.shape[0]
-  return rows._replace(place=jnp.where(live[:, None], rows.place, -1))
+def _take(tree, index):
+  """Rows `index` [shards, m] of [shards, n, …] → [shards · m, …].
+
+  All 0 for no row.
+  """
+
+  def take(x):
+    rows = jax.vmap(lambda x, i: x.at[i].get(mode='fill', fill_value=0))
+    return rows(x, index).reshape(-1, *x.shape[2:])
+
+  return jax.tree.map(take, tree)
+
+
+def _put(x, index, rows):
+  return jax.vmap(lambda x, i, r: x.at[i].set(r, mode='drop'))(x, index, rows)
+
+
+def _rows(packed: Rows, index) -> Rows:
+  """A microbatch of rows, with padding for no row."""
+  rows = _take(packed, index)
+  live = index.reshape(-1, 1) < packed.ids.shape[1]
+  return rows._replace(place=jnp.where(live, rows.place, -1))
 
 
 def _reports(filter_state) -> dict[str, jax.Array]:

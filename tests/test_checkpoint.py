@@ -166,6 +166,16 @@ def test_manifest_comes_back(tmp_path):
   assert (tmp_path / 'run' / 'recipe.py').read_text() == 'text'
 
 
+def test_every_shape_survives_the_manifest(tmp_path):
+  # Nested and tuple fields are lists and objects in JSON.
+  for name in ('llama-3.1-8b', 'gemma-3-27b'):
+    config = small(policy=policy.SHAPES[name])
+    write(tmp_path / name, recipe(config=config))
+    saved, _ = checkpoint.read_policy(tmp_path / name)
+    assert saved == policy.SHAPES[name]
+    assert hash(saved) == hash(policy.SHAPES[name])
+
+
 def test_manifest_names_the_train_tasks_where_no_others_are_evaluated(tmp_path):
   write(tmp_path, recipe())
   assert checkpoint.read_manifest(tmp_path).tasks == CONFIG.tasks

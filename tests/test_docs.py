@@ -13,6 +13,7 @@ import pytest
 
 import jax_rlvr
 from jax_rlvr import advantages, filters
+from tests import runs
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = [
@@ -165,7 +166,9 @@ def test_every_readme_command_is_run_by_ci():
     assert plain(line) in run, line
 
 
-def test_readme_python_runs():
+def test_readme_python_runs(tmp_path, monkeypatch):
+  runs.write(tmp_path / 'runs' / 'quickstart')
+  monkeypatch.chdir(tmp_path)
   text = (ROOT / 'README.md').read_text()
   for block in re.findall(r'```python\n(.*?)```', text, re.DOTALL):
     exec(compile(block, 'README.md', 'exec'), {})

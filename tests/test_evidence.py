@@ -32,7 +32,7 @@ def _poisoned(stats, tokens):
   def poison(x):
     return np.where(tokens.mask, x, np.nan)
 
-  return TokenStats(*map(poison, stats)), tokens._replace(
+  return jax.tree.map(poison, stats), tokens._replace(
     advantage=poison(tokens.advantage), old_logprob=poison(tokens.old_logprob)
   )
 

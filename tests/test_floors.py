@@ -12,13 +12,13 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'jax_rlvr'
 
 FLOORS = {
   1: (
-    'records masked prng mesh tokenizer advantages config metrics '
-    'policy_gradient evidence'
+    'records masked prng mesh chat tokenizer tokenizer_folder advantages '
+    'config metrics policy_gradient evidence'
   ),
   2: 'filters tasks policy checkpoint',
   3: 'token_stats sampling packing scoring reward_process',
-  4: 'sft rollout update',
-  5: 'evaluate setup',
+  4: 'sft rollout update loaded',
+  5: 'evaluate setup export',
   6: 'train',
 }
 FLOOR = {room: n for n, rooms in FLOORS.items() for room in rooms.split()}

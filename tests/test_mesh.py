@@ -58,8 +58,8 @@ def test_sampling_table_covers_the_policy_without_fsdp(config):
 
 
 def test_parameter_without_a_rule_is_named():
-  tree = {'blocks': {'query_bias': np.zeros(3)}}
-  with pytest.raises(ValueError, match="matches 'blocks/query_bias'"):
+  tree = {'blocks': {'router': np.zeros(3)}}
+  with pytest.raises(ValueError, match="matches 'blocks/router'"):
     layouts.shardings(layouts.make(), tree, layouts.TRAINING)
 
 
@@ -84,6 +84,17 @@ def test_place_cuts_and_keeps_the_values():
   # 16 over tensor = 2, 8 over fsdp = 4.
   assert {s.data.shape for s in placed.addressable_shards} == {(8, 2)}
   np.testing.assert_array_equal(placed, embed)
+
+
+def test_abstract_arrays_know_their_places():
+  mesh = layouts.make(fsdp=4, tensor=2)
+  tree = policy.abstract_params(TIED)
+  found = layouts.abstract(mesh, tree, layouts.TRAINING)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), tree
+  )
+  wanted = layouts.shardings(mesh, tree, layouts.TRAINING)
+  assert jax.tree.map(lambda x: x.sharding, found) == wanted
 
 
 def test_rows_are_cut_over_slices_and_fsdp():

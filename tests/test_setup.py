@@ -1,11 +1,74 @@
 """What a run stands on, and what is refused before anything compiles."""
 
+import io
+import re
+
+import jax
+import numpy as np
 import pytest
-from rich.console import Console
+import rich.console
 
-from jax_rlvr.setup import prepare
+from jax_rlvr import mesh as layouts
+from jax_rlvr import policy, setup
+from jax_rlvr.checkpoint import Checkpoints
+from jax_rlvr.config import ConfigError
+from tests.test_config import small
 
+CONFIG = small()
 RECIPE = """
+from tests.test_config import small
+
+def get_config(**changes):
+  return small(policy={folder!r}, prompts_per_step=8, **changes)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """The small policy with weights of its own, and its tokenizer."""
+  params = policy.init(CONFIG.policy, jax.random.key(5))
+  policy.save(tmp_path / 'model', CONFIG.policy, params, dtype='float32')
+  CONFIG.tokenizer.save(tmp_path / 'model')
+  return tmp_path / 'model'
+
+
+def prepared(folder, overrides=''):
+  recipe = folder.parent / 'recipe.py'
+  recipe.write_text(RECIPE.format(folder=str(folder)))
+  console = rich.console.Console(file=io.StringIO())
+  return setup.prepare(f'{recipe}{overrides}', folder.parent / 'run', console)
+
+
+def test_run_starts_from_the_weights_of_a_folder(folder):
+  ready = prepared(folder, ':tokenizer=None')
+  assert ready.actor.policy == CONFIG.policy
+  assert ready.actor.tokenizer == CONFIG.tokenizer
+  with Checkpoints(folder.parent / 'checkpoints') as checkpoints:
+    state = setup.start(ready, checkpoints)
+  expected = policy.init(CONFIG.policy, jax.random.key(5))
+  jax.tree.map(np.testing.assert_array_equal, state.params, expected)
+  layout = layouts.shardings(ready.actor.mesh, expected, layouts.TRAINING)
+  assert jax.tree.map(lambda x: x.sharding, state.params) == layout
+
+
+def test_folder_without_a_tokenizer_is_refused(folder):
+  (folder / 'sentencepiece.model').unlink()
+  words = re.escape(f'{folder} brings no tokenizer; put tokenizer.json')
+  with pytest.raises(ConfigError, match=words):
+    prepared(folder, ':tokenizer=None')
+  # Unless the recipe gives one.
+  assert prepared(folder).actor.tokenizer == CONFIG.tokenizer
+
+
+def test_broken_weights_are_refused_before_anything_compiles(folder):
+  file = folder / 'model.safetensors'
+  file.write_bytes(file.read_bytes()[:-4])
+  with pytest.raises(ValueError, match='is not whole'):
+    prepared(folder)
+  assert not (folder.parent / 'run').exists()
+
+
+CHAIN_RECIPE = """
 import dataclasses
 import optax
 from jax_rlvr.config import load
@@ -40,9 +103,9 @@ def get_config():
 )
 def test_bad_chain_is_refused_and_leaves_nothing(tmp_path, chain, words):
   recipe, workdir = tmp_path / 'recipe.py', tmp_path / 'run'
-  recipe.write_text(RECIPE.format(chain=chain))
+  recipe.write_text(CHAIN_RECIPE.format(chain=chain))
   with pytest.raises(ValueError, match=words):
-    prepare(str(recipe), workdir, Console())
+    setup.prepare(str(recipe), workdir, rich.console.Console())
   assert not workdir.exists()
 
 
@@ -51,6 +114,6 @@ def test_every_ready_method_of_the_rollouts_own_evidence_is_accepted(tmp_path):
     recipe = tmp_path / f'{name}.py'
     chain = f'filters.recipes.{name}().filters'
     recipe.write_text(
-      'import jax_rlvr.filters.recipes\n' + RECIPE.format(chain=chain)
+      'import jax_rlvr.filters.recipes\n' + CHAIN_RECIPE.format(chain=chain)
     )
-    prepare(str(recipe), tmp_path / name, Console())
+    setup.prepare(str(recipe), tmp_path / name, rich.console.Console())

@@ -1,5 +1,6 @@
 """Chunked statistics against a dense log-softmax and its autodiff."""
 
+import dataclasses
 import functools
 import re
 
@@ -41,7 +42,11 @@ def params():
 
 
 def dense(params, temperature):
-  scores = policy.logits(params, policy.forward(CONFIG, params, ROWS.ids))
+  hidden = policy.forward(CONFIG, params, ROWS.ids)
+  return facts(policy.logits(CONFIG, params, hidden), temperature)
+
+
+def facts(scores, temperature):
   logprobs = jax.nn.log_softmax(scores[:, :-1] / temperature)
   picked = jnp.take_along_axis(logprobs, IDS[:, 1:, None], axis=-1)[..., 0]
   entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
@@ -59,7 +64,7 @@ def chunked(params, temperature, chunk_tokens):
 
 def with_gradient(stats_of, **fixed):
   def loss(params, temperature):
-    stats = list(stats_of(params, temperature, **fixed))
+    stats = list(stats_of(params, temperature, **fixed))[:2]
     return sum(jnp.sum(p * x) for p, x in zip(PULL, stats, strict=True)), stats
 
   return jax.jit(jax.grad(loss, has_aux=True))
@@ -93,10 +98,10 @@ def test_temperature_changes_the_stats(expected):
 
 def test_unscored_tokens_are_zero(params):
   stats = token_stats(CONFIG, params, ROWS, chunk_tokens=12)
-  for x in map(np.asarray, stats):
+  for x in map(np.asarray, jax.tree.leaves(stats)):
     assert (x[~MASK] == 0).all() and (x[MASK] != 0).all()
   nothing = padded(IDS, np.zeros_like(MASK))
-  for x in token_stats(CONFIG, params, nothing):
+  for x in jax.tree.leaves(token_stats(CONFIG, params, nothing)):
     np.testing.assert_array_equal(x, np.zeros((B, T)))
 
 
@@ -129,3 +134,123 @@ def test_extreme_logits_stay_finite(params):
   assert np.isfinite(logprob).all() and np.asarray(logprob).min() < -1e5
   assert np.isfinite(entropy).all() and np.abs(entropy).max() < 1e-3
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(grad))
+
+
+def test_extras_are_dense_reductions_and_cost_nothing_unasked(params):
+  names = ('p2', 'p2_logp', 'logit', 'confidence')
+  stats = token_stats(
+    CONFIG, params, ROWS, temperature=0.7, chunk_tokens=6, extras=names
+  )
+  hidden = policy.forward(CONFIG, params, ROWS.ids)
+  scores = policy.logits(CONFIG, params, hidden)[:, :-1] / 0.7
+  p = jax.nn.softmax(scores)
+  expected = {
+    'p2': jnp.sum(p**2, -1),
+    'p2_logp': jnp.sum(p**2 * jnp.log(p), -1),
+    'logit': jnp.take_along_axis(scores, IDS[:, 1:, None], axis=-1)[..., 0],
+    'confidence': jax.nn.logsumexp(scores, -1) - jnp.mean(scores, -1),
+  }
+  for name, want in expected.items():
+    want = np.where(MASK, np.pad(want, ((0, 0), (1, 0))), 0)
+    np.testing.assert_allclose(
+      getattr(stats, name), want, rtol=1e-5, atol=1e-6, err_msg=name
+    )
+  plain = token_stats(CONFIG, params, ROWS, temperature=0.7, chunk_tokens=6)
+  np.testing.assert_array_equal(plain.entropy, stats.entropy)
+  assert plain.p2 is plain.p2_logp is plain.logit is plain.confidence is None
+
+
+def test_soft_capped_logits_have_their_slope():
+  config = dataclasses.replace(CONFIG, logit_softcap=3.0)
+  params = policy.init(config, jax.random.key(1))
+  params['head'] *= 5.0  # Far into the cap.
+
+  def loss(stats_of):
+    def run(params):
+      stats = list(stats_of(params))[:2]
+      return sum(jnp.sum(p * x) for p, x in zip(PULL, stats, strict=True))
+
+    return jax.jit(jax.value_and_grad(run))(params)
+
+  def capped(params):
+    scores = policy.logits(
+      config, params, policy.forward(config, params, ROWS.ids)
+    )
+    assert config.logit_softcap
+    return facts(scores, 1.0)
+
+  value, grads = loss(lambda p: token_stats(config, p, ROWS, chunk_tokens=12))
+  want_value, want = loss(capped)
+  np.testing.assert_allclose(value, want_value, rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+  # Control: without the cap the value is another.
+  assert abs(value - loss(lambda p: token_stats(CONFIG, p, ROWS))[0]) > 0.1
+
+
+def cosine(a, b):
+  a, b = (
+    np.concatenate(
+      [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)]
+    )
+    for tree in (a, b)
+  )
+  return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_bfloat16_is_close_to_float32(tied):
+  config = dataclasses.replace(
+    CONFIG, tied_embeddings=tied, qkv_bias=True, qk_norm=True
+  )
+  params = policy.init(config, jax.random.key(0))
+
+  def loss(params, dtype):
+    stats = token_stats(config, policy.cast(params, dtype), ROWS)
+    return jnp.sum(PULL * jnp.stack([stats.logprob, stats.entropy])), stats
+
+  run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+  exact, wanted = run(params, jnp.float32)
+  grads, stats = run(params, jnp.bfloat16)
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((grads, stats)))
+  assert cosine(grads, exact) > 0.99
+  for name, grad in grads['blocks'].items():
+    assert cosine(grad, exact['blocks'][name]) > 0.99, name
+  difference = np.abs(stats.logprob - wanted.logprob)[MASK]
+  # Control: it is not float32 under another name.
+  assert 1e-5 < difference.mean() < 2e-2
+
+
+def test_norms_and_biases_keep_their_type():
+  config = dataclasses.replace(CONFIG, qkv_bias=True, qk_norm=True)
+  cast = policy.cast(policy.abstract_params(config), jnp.float32)
+  cast = jax.eval_shape(lambda p: policy.cast(p, jnp.bfloat16), cast)
+  blocks = {name for name, x in cast['blocks'].items() if x.dtype == 'float32'}
+  assert blocks == {
+    'attention_norm', 'feed_forward_norm', 'query_norm', 'key_norm',
+    'query_bias', 'key_bias', 'value_bias',
+  }  # fmt: skip
+  assert cast['norm'].dtype == 'float32'
+  assert cast['embed'].dtype == cast['head'].dtype == 'bfloat16'
+
+
+@pytest.mark.parametrize('name', ['head', 'embed'])
+def test_many_small_gradients_add_up_in_bfloat16(name):
+  """2,048 equal shares: a bfloat16 sum would stop at 256 of them."""
+  count = 2048
+  ids = np.full((1, count + 1), 3, np.int32)
+  mask = np.ones(ids.shape, bool)
+  mask[0, 0] = False
+  rows = padded(ids, mask)
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def gradient(params, dtype):
+    # Chunks of 8 tokens; the mean of hidden states is what all of them see.
+    return jax.grad(
+      lambda p: jnp.sum(token_stats(CONFIG, p, rows, chunk_tokens=8).logprob)
+    )(jax.tree.map(lambda x: x.astype(dtype), params))[name]
+
+  params = policy.init(CONFIG, jax.random.key(0))
+  exact = np.asarray(gradient(params, jnp.float32))
+  found = np.asarray(gradient(params, jnp.bfloat16), np.float32)
+  assert np.linalg.norm(found - exact) < 0.05 * np.linalg.norm(exact)

@@ -13,7 +13,8 @@ from jax_rlvr import mesh as layouts
 from jax_rlvr import policy, update
 from jax_rlvr.filters import clip_cov, clip_ratio, token_mean, tracked
 from jax_rlvr.packing import padded
-from jax_rlvr.records import Rows, TokenStats, TrainState
+from jax_rlvr.policy_gradient import as_loss
+from jax_rlvr.records import Rows, TokenStats, Tracked, TrainState
 from jax_rlvr.token_stats import token_stats
 from tests.test_packing import CONFIG, batch
 
@@ -77,7 +78,7 @@ def flat(params):
   )
 
 
-def moved(filters, *, row_tokens=T, microbatch_rows=8, mesh=None):
+def moved(filters, *, row_tokens=T, microbatch_rows=8, mesh=None, **settings):
   """What two inner steps of rate 1 take from the params, and the scalars."""
   place = jax.device_put
   if mesh is not None:
@@ -92,6 +93,7 @@ def moved(filters, *, row_tokens=T, microbatch_rows=8, mesh=None):
     microbatch_rows=microbatch_rows,
     temperature=TEMPERATURE,
     place=place,
+    **settings,
   )
   state = start(filters, optax.sgd(1.0), mesh)
   state, measured = run(state, evidence(), jax.random.key(9))
@@ -139,7 +141,9 @@ def test_gradient_on_eight_devices_is_that_on_one(whole):
 def dense_loss(params, tokens):
   """PPO's clipped surrogate, token mean, from all logits at once."""
   hidden = policy.forward(CONFIG, params, tokens.ids)
-  logprobs = jax.nn.log_softmax(policy.logits(params, hidden) / TEMPERATURE)
+  logprobs = jax.nn.log_softmax(
+    policy.logits(CONFIG, params, hidden) / TEMPERATURE
+  )
   logprob = jnp.take_along_axis(
     logprobs[:, :-1], tokens.ids[:, 1:, None], axis=-1
   )[..., 0]
@@ -290,3 +294,86 @@ def test_rows_of_zero_variance_groups_never_reach_the_policy():
   assert pull([1, 0, 2, 0, 0, 3]) == 300201
   assert pull([0, 0, 0, 0, 0, 0]) == 0
   assert np.isnan(pull([1, 1, 0, 0, 0, 0]))
+
+
+@pytest.mark.parametrize('remat', ['none', 'dots'])
+def test_gradient_does_not_depend_on_what_is_kept(whole, remat):
+  assert distance(moved(COV, remat=remat)[0], whole[0]) <= 1e-5
+
+
+@pytest.mark.parametrize('microbatch_rows', [8, 2])
+def test_bfloat16_moves_float32_weights_as_float32_does(plain, microbatch_rows):
+  delta, measured = moved(
+    PPO, microbatch_rows=microbatch_rows, dtype=jnp.bfloat16
+  )
+  assert delta.dtype == np.float32
+  cosine = delta @ plain[0] / np.linalg.norm(delta) / np.linalg.norm(plain[0])
+  assert cosine > 0.99
+  # Control: it is not float32 under another name.
+  assert distance(delta, plain[0]) > 1e-4
+  assert measured[0]['update/skipped'] == 0
+
+
+def test_weights_and_moments_stay_float32():
+  run = update.make_update(
+    CONFIG, PPO, ADAM, inner_steps=1, row_tokens=T, rows=B, microbatch_rows=4,
+    temperature=TEMPERATURE, dtype=jnp.bfloat16,
+  )  # fmt: skip
+  state, _ = run(start(PPO, ADAM), evidence(), jax.random.key(0))
+  for x in jax.tree.leaves((state.params, state.optimizer)):
+    assert x.dtype in (jnp.float32, jnp.int32)
+
+
+def by_extras(stats, tokens):
+  """Token gradients weighed by Σ π², whose mean it reports."""
+  weigh = jax.lax.stop_gradient(stats.p2)
+  return jnp.sum(weigh) / jnp.sum(tokens.mask), weigh
+
+
+def weighed():
+  def update_fn(grads, state, stats, *, tokens, **_):
+    assert stats.p2_logp is None
+    mean, weigh = by_extras(stats, tokens)
+    grads = grads._replace(logprob=grads.logprob * weigh)
+    return grads, state._replace(report={'mean': mean})
+
+  return optax.GradientTransformationExtraArgs(
+    lambda _: Tracked((), {'mean': jnp.float32(0)}), update_fn
+  )
+
+
+@pytest.mark.parametrize('microbatch_rows', [8, 2])
+def test_filters_read_extras_in_every_inner_step(microbatch_rows):
+  tokens = evidence()
+  _, measured = moved(
+    optax.chain(weighed(), token_mean()),
+    microbatch_rows=microbatch_rows,
+    extras=('p2',),
+  )
+  stats = token_stats(
+    CONFIG, PARAMS, padded(tokens.ids, tokens.mask), temperature=TEMPERATURE,
+    extras=('p2',),
+  )  # fmt: skip
+  expected = stats.p2[:8].sum() / tokens.mask[:8].sum()
+  np.testing.assert_allclose(measured[0]['filters/mean'], expected, rtol=1e-5)
+  assert measured[0]['ratio/max'] == 1
+  assert measured[1]['filters/mean'] != measured[0]['filters/mean'] > 0
+  assert measured[0]['grad_norm'] > 0
+
+
+def test_extras_do_not_trip_the_loss():
+  tokens = jax.tree.map(jnp.asarray, evidence())
+
+  def gradient(extras):
+    def loss(params):
+      stats = token_stats(
+        CONFIG, params, padded(tokens.ids, tokens.mask),
+        temperature=TEMPERATURE, extras=extras,
+      )  # fmt: skip
+      return as_loss(PPO)(stats, tokens)[0]
+
+    return flat(jax.jit(jax.grad(loss))(PARAMS))
+
+  np.testing.assert_array_equal(
+    gradient(('p2', 'p2_logp', 'logit', 'confidence')), gradient(())
+  )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_rlvr.policy import decoder
+from jax_rlvr.policy import attention, decoder
 from jax_rlvr.policy.config import PolicyConfig
 
 if TYPE_CHECKING:
@@ -49,18 +49,19 @@ def prefill(
   max_tokens: int,
 ) -> tuple[Float[Array, 'P D'], Cache]:
   """Reads the prompts; returns the hidden state of their last token."""
-  x = params['embed'][ids]
-  rotate = decoder.rotary(config, jnp.arange(ids.shape[1])[None])
-  attend = decoder.attention(None, keep=True)
+  x = decoder.embed(config, params, ids)
+  layout = attention.plain(*ids.shape)
+  rotate = decoder.rotary(config, layout.positions)
+  attend = attention.xla(config, layout, keep=True)
   x, kept = decoder.scan_blocks(
-    config, params['blocks'], x, rotate, attend, remat=False
+    config, params['blocks'], x, rotate, attend, remat='none'
   )
   last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
   shape = (ids.shape[0], samples, max_tokens, config.kv_heads, config.head_size)
   empty = jnp.zeros(shape, x.dtype)
   prompt = tuple((kept[0][i], kept[1][i]) for i in range(config.layers))
   completion = tuple((empty, empty) for _ in prompt)
-  hidden = decoder.rms_norm(last, params['norm'], config.norm_eps)
+  hidden = decoder.rms_norm(config, last, params['norm'])
   return hidden, Cache(prompt, completion, lengths)
 
 
@@ -77,22 +78,26 @@ def decode(
   """
   positions = (cache.lengths + step)[:, None]
   rotate = decoder.rotary(config, positions)
-  x = params['embed'][ids]
+  x = decoder.embed(config, params, ids)
   completion = []
-  for weights, prompt, own in zip(
-    params['blocks'], cache.prompt, cache.completion, strict=True
+  for weights, prompt, own, local in zip(
+    params['blocks'],
+    cache.prompt,
+    cache.completion,
+    config.is_local,
+    strict=True,
   ):
-    attend = _attend(prompt, own, cache.lengths, step)
-    x, kept = decoder.block_from(config, weights)(x, rotate, attend)
+    attend = _attend(config, prompt, own, cache.lengths, step)
+    x, kept = decoder.block_from(config, weights)(x, rotate, attend, local)
     completion.append(kept)
-  hidden = decoder.rms_norm(x, params['norm'], config.norm_eps)
+  hidden = decoder.rms_norm(config, x, params['norm'])
   return hidden, cache._replace(completion=tuple(completion))
 
 
-def _attend(prompt, own, lengths, step):
+def _attend(config, prompt, own, lengths, step):
   """One query per sequence over its prompt and its own tokens so far."""
 
-  def attend(query, key, value):
+  def attend(query, key, value, local):
     def write(cached, new):
       return jax.lax.dynamic_update_slice_in_dim(
         cached, new[:, :, None], step, axis=2
@@ -101,22 +106,42 @@ def _attend(prompt, own, lengths, step):
     keys, values = write(own[0], key), write(own[1], value)
     p, g, n, h = query.shape
     query = query.reshape(p, g, key.shape[2], -1, h)
-    on_prompt = jnp.einsum('pgkrh,ptkh->pgkrt', query, prompt[0])
-    on_own = jnp.einsum('pgkrh,pgtkh->pgkrt', query, keys)
-    seen = jnp.arange(prompt[0].shape[1])[None] < lengths[:, None]
-    written = jnp.arange(keys.shape[2])[None] <= step
+    on_prompt = jnp.einsum(
+      'pgkrh,ptkh->pgkrt', query, prompt[0], preferred_element_type=jnp.float32
+    )
+    on_own = jnp.einsum(
+      'pgkrh,pgtkh->pgkrt', query, keys, preferred_element_type=jnp.float32
+    )
+
+    def scored(raw, visible):
+      raw = attention.capped(
+        raw * attention.scale(config), config.attention_softcap
+      )
+      return jnp.where(visible, raw, attention.UNSEEN)
+
+    place = jnp.arange(prompt[0].shape[1])[None]
+    seen = place < lengths[:, None]
+    number = jnp.arange(keys.shape[2])[None]
+    written = number <= step
+    if local:
+      seen &= lengths[:, None] + step - place < config.window
+      written &= step - number < config.window
     scores = jnp.concatenate(
       [
-        jnp.where(seen[:, None, None, None], on_prompt, -jnp.inf),
-        jnp.where(written[:, None, None, None], on_own, -jnp.inf),
+        scored(on_prompt, seen[:, None, None, None]),
+        scored(on_own, written[:, None, None, None]),
       ],
       axis=-1,
     )
-    weights = jax.nn.softmax(scores.astype(jnp.float32) * h**-0.5, axis=-1)
-    weights = weights.astype(query.dtype)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
     split = prompt[0].shape[1]
-    mixed = jnp.einsum('pgkrt,ptkh->pgkrh', weights[..., :split], prompt[1])
-    mixed += jnp.einsum('pgkrt,pgtkh->pgkrh', weights[..., split:], values)
-    return mixed.reshape(p, g, n, h), (keys, values)
+    mixed = jnp.einsum(
+      'pgkrt,ptkh->pgkrh', weights[..., :split], prompt[1],
+      preferred_element_type=jnp.float32,
+    ) + jnp.einsum(
+      'pgkrt,pgtkh->pgkrh', weights[..., split:], values,
+      preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    return mixed.astype(value.dtype).reshape(p, g, n, h), (keys, values)
 
   return attend

@@ -6,19 +6,39 @@ and de-quantizes it to float32.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from jax_rlvr.policy import stored
 from jax_rlvr.policy.config import PolicyConfig
-from jax_rlvr.tokenizer import HuggingFace, Tokenizer
+from jax_rlvr.policy.stored import Pretrained
+from jax_rlvr.tokenizer import HuggingFace
 
 _INSTALL = "pip install 'jax-rlvr[smollm2]'"
+
+# Leaf of the parameters → its name in a file.
+_NAMES = {
+  'embed': 'token_embd.weight',
+  'norm': 'output_norm.weight',
+  'head': 'output.weight',
+  'attention_norm': 'blk.{}.attn_norm.weight',
+  'query': 'blk.{}.attn_q.weight',
+  'key': 'blk.{}.attn_k.weight',
+  'value': 'blk.{}.attn_v.weight',
+  'output': 'blk.{}.attn_output.weight',
+  'feed_forward_norm': 'blk.{}.ffn_norm.weight',
+  'gate': 'blk.{}.ffn_gate.weight',
+  'up': 'blk.{}.ffn_up.weight',
+  'down': 'blk.{}.ffn_down.weight',
+}
 
 # Of gguf.TokenType.
 _CONTROL = 3
@@ -40,17 +60,11 @@ def smollm2_path() -> pathlib.Path:
   raise FileNotFoundError(f'SmolLM2 is not installed; {_INSTALL}')
 
 
-def load(
-  path: str | os.PathLike[str],
-) -> tuple[PolicyConfig, dict[str, Any], Tokenizer]:
-  """Reads a GGUF file.
+def load(path: str | os.PathLike[str]) -> Pretrained:
+  """Reads a GGUF file's metadata; its weights are read when they are placed.
 
   Args:
     path: a file of architecture `llama` with a `smollm` tokenizer.
-
-  Returns:
-    The configuration, the parameters as float32 NumPy arrays in the tree of
-    `policy.init`, and the tokenizer.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -74,43 +88,39 @@ def load(
       f'{path} is not a whole GGUF file ({error}); download it again'
     ) from error
   metadata = _Metadata(path, fields)
-  tensors = {tensor.name: tensor for tensor in reader.tensors}
-  config = _config(metadata, tied='output.weight' not in tensors)
+  held = {tensor.name: tensor for tensor in reader.tensors}
+  config = _config(metadata, tied='output.weight' not in held)
   tokenizer = _tokenizer(metadata)
-  _check_names(path, set(tensors), config)
-
-  def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    tensor = tensors[name]
-    try:
-      weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+  # Sizes of a GGUF file start with the fastest axis.
+  stored.check(
+    stored.tensors(config, _NAMES),
+    {n: (path, tuple(map(int, x.shape[::-1]))) for n, x in held.items()},
+    path,
+    'convert the model again',
+  )
+  for name, tensor in held.items():
+    try:  # On the first row, to learn whether it can be done.
+      gguf.quants.dequantize(np.atleast_2d(tensor.data)[:1], tensor.tensor_type)
     except NotImplementedError as error:
       raise ValueError(f'{path}: {name}: {error}; convert it to F16') from error
-    if weight.shape != shape:
-      raise ValueError(
-        f'{path}: {name} is {weight.shape} where the metadata asks for '
-        f'{shape}; convert the model again'
-      )
+
+  # A tensor is asked for in blocks, one after the other.
+  @functools.lru_cache(maxsize=1)
+  def whole(name: str) -> np.ndarray:
+    tensor = held[name]
+    weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    if re.search(r'attn_[qk]\.weight$', name):
+      weight = _halves(weight, config.head_size)
     return weight
 
-  def stack(name: str, there: tuple[int, ...], here: tuple[int, ...]):
-    weights = np.empty((config.layers, *here), np.float32)
-    for layer, weight in enumerate(weights):
-      weight[...] = read(f'blk.{layer}.{name}.weight', there).T.reshape(here)
-    return weights
+  def read(shardings):
+    params = stored.stream(
+      config, _NAMES, shardings, lambda name, index: whole(name)[index]
+    )
+    whole.cache_clear()
+    return params
 
-  blocks = {leaf: stack(*row) for leaf, row in _block_tensors(config).items()}
-  blocks['query'] = _halves(blocks['query'])
-  blocks['key'] = _halves(blocks['key'])
-  embedding = (config.vocab_size, config.width)
-  params = {
-    # Copies: unquantized tensors are views of the file.
-    'embed': np.array(read('token_embd.weight', embedding)),
-    'blocks': blocks,
-    'norm': np.array(read('output_norm.weight', (config.width,))),
-  }
-  if not config.tied_embeddings:
-    params['head'] = np.array(read('output.weight', embedding).T)
-  return config, params, tokenizer
+  return Pretrained(config, tokenizer, read)
 
 
 class _Metadata(dict):
@@ -160,51 +170,14 @@ def _decimal(x: float) -> float:
   return float(str(np.float32(x)))
 
 
-def _block_tensors(config: PolicyConfig):
-  """Leaf → its name in a block of the file, its shape there, and here.
-
-  Files hold linear maps as [out, in], with heads folded into either.
-  """
-  d, f, h = config.width, config.feed_forward, config.head_size
-  n, k = config.heads, config.kv_heads
-  return {
-    'attention_norm': ('attn_norm', (d,), (d,)),
-    'query': ('attn_q', (n * h, d), (d, n, h)),
-    'key': ('attn_k', (k * h, d), (d, k, h)),
-    'value': ('attn_v', (k * h, d), (d, k, h)),
-    'output': ('attn_output', (d, n * h), (n, h, d)),
-    'feed_forward_norm': ('ffn_norm', (d,), (d,)),
-    'gate': ('ffn_gate', (f, d), (d, f)),
-    'up': ('ffn_up', (f, d), (d, f)),
-    'down': ('ffn_down', (d, f), (f, d)),
-  }
-
-
-def _check_names(path: pathlib.Path, names: set[str], config: PolicyConfig):
-  """Refuses a file whose tensors are not exactly those of the policy."""
-  expected = {'token_embd.weight', 'output_norm.weight'}
-  expected |= {
-    f'blk.{layer}.{name}.weight'
-    for layer in range(config.layers)
-    for name, *_ in _block_tensors(config).values()
-  }
-  if not config.tied_embeddings:
-    expected.add('output.weight')
-  if missing := sorted(expected - names):
-    raise ValueError(f'{path} has no {missing[0]}; convert the model again')
-  if unexpected := sorted(names - expected):
-    raise ValueError(
-      f'{path} has {unexpected[0]}, which this decoder lacks; use another model'
-    )
-
-
-def _halves(heads: np.ndarray) -> np.ndarray:
-  """Heads [..., H] that rotate neighbours → heads that rotate halves.
+def _halves(weight: np.ndarray, head_size: int) -> np.ndarray:
+  """Heads [N * H, D] that rotate neighbours → heads that rotate halves.
 
   llama.cpp reorders the rows of query and key so that RoPE turns pairs of
   neighbours; this undoes it.
   """
-  return np.concatenate([heads[..., 0::2], heads[..., 1::2]], axis=-1)
+  pairs = weight.reshape(-1, head_size // 2, 2, weight.shape[1])
+  return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
 def _tokenizer(metadata: _Metadata) -> HuggingFace:

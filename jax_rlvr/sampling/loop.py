@@ -64,7 +64,9 @@ def sample(
   weights = policy.unstack(params)
 
   def next_token(hidden, step):
-    return draw(fold(keys, step), policy.logits(params, hidden), temperature)
+    return draw(
+      fold(keys, step), policy.logits(config, params, hidden), temperature
+    )
 
   def write(all_tokens, new, step):
     return jax.tree.map(

@@ -33,11 +33,17 @@ def main():
     Arithmetic(name='add2', operations=('add',), low=10, high=99),
     Mawps(path=arguments.mawps),
   )
-  shape, weights, tokenizer = policy.load(policy.smollm2_path())
+  before = policy.load(policy.smollm2_path())
+  assert before.tokenizer is not None
   actor = rollout.Actor(
-    policy=shape, tokenizer=tokenizer, mesh=mesh.make(), slots=128
+    policy=before.config,
+    tokenizer=before.tokenizer,
+    mesh=mesh.make(),
+    slots=128,
   )
-  abstract = policy.abstract_params(shape)
+  abstract = mesh.abstract(
+    actor.mesh, policy.abstract_params(before.config), mesh.SAMPLING
+  )
   # What was measured before is kept: a run can be added later.
   scores = {}
   if arguments.json.exists():
@@ -47,13 +53,14 @@ def main():
       name = run.name if run else 'before'
       if name in scores:
         continue
-      params = weights
-      if run is not None:
+      if run is None:
+        params = before.read(jax.tree.map(lambda x: x.sharding, abstract))
+      else:
         with checkpoint.Checkpoints(run / 'checkpoints') as saved:
           params = saved.restore_params(abstract)
       scores[name], _ = evaluate.run(
         actor,
-        jax.device_put(params),
+        params,
         tasks,
         scorers,
         key=prng.key(0, prng.Stream.EVALUATE, 10**6),

@@ -305,7 +305,7 @@ def test_silent_outside_the_mask_whatever_lies_there(index):
   )
   clean = _run(index, stats, tokens)
   jax.tree.map(np.testing.assert_array_equal, poisoned, clean)
-  for leaf in poisoned:
+  for leaf in jax.tree.leaves(poisoned):
     assert not np.asarray(leaf)[~np.asarray(tokens.mask)].any()
 
 
@@ -393,7 +393,10 @@ def test_eight_devices_equal_one_and_gather_nothing(index):
   program = run.lower(*spread).compile()
   found = program(*spread)
   _assert_same(found, _run(index, stats, tokens))
-  assert all(leaf.sharding.is_equivalent_to(sharding, 2) for leaf in found)
+  assert all(
+    leaf.sharding.is_equivalent_to(sharding, 2)
+    for leaf in jax.tree.leaves(found)
+  )
   text = program.as_text()
   for costly in ('all-gather', 'all-to-all', 'collective-permute', ' sort('):
     assert costly not in text, costly
@@ -541,7 +544,7 @@ def _hostile():
 def test_finite_and_silent_outside_the_mask_for_hostile_batches(index):
   for name, (stats, tokens) in _hostile().items():
     grads, state = _run_with_state(index, stats, tokens)
-    for leaf in grads:
+    for leaf in jax.tree.leaves(grads):
       assert np.isfinite(leaf).all(), name
       assert not np.asarray(leaf)[~np.asarray(tokens.mask)].any(), name
     # What it reports, too.

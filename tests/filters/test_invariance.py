@@ -310,6 +310,7 @@ class Outcome(NamedTuple):
 def runner(cut, filters=CHAIN):
   """Tokens and a script → Outcome."""
   place = put = jax.device_put
+  shards = 1
   if cut.mesh is not None:
     mesh = jax.make_mesh(
       cut.mesh,
@@ -319,6 +320,7 @@ def runner(cut, filters=CHAIN):
     )
     put = functools.partial(layouts.place, mesh, table=layouts.TRAINING)
     place = functools.partial(layouts.place_rows, mesh)
+    shards = layouts.row_shards(mesh)
   run = update.make_update(
     CONFIG,
     filters,
@@ -328,6 +330,7 @@ def runner(cut, filters=CHAIN):
     rows=B,
     microbatch_rows=cut.microbatch_rows,
     temperature=TEMPERATURE,
+    shards=shards,
     place=place,
   )
 
@@ -368,7 +371,8 @@ def assert_same(found, whole):
   """One weight gradient, and silent at the same tokens."""
   assert found.skipped == whole.skipped
   for mine, theirs in zip(found.tokens, whole.tokens, strict=True):
-    for a, b in zip(mine, theirs, strict=True):
+    pairs = zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True)
+    for a, b in pairs:
       np.testing.assert_array_equal(a != 0, b != 0)
   for mine, theirs in zip(found.weights, whole.weights, strict=True):
     assert distance(mine, theirs) <= TOLERANCE
@@ -408,9 +412,8 @@ def is_steady(tokens, chain):
     stats = TokenStats(part.old_logprob, part.old_entropy)
     if i > 0:
       stats = jax.tree.map(noisier, rows(now, inner))
-    grads = np.stack(
-      under_noise(stats, part, jax.random.fold_in(KEY, i), chain)
-    )
+    key = jax.random.fold_in(KEY, i)
+    grads = np.stack(jax.tree.leaves(under_noise(stats, part, key, chain)))
     still = [distance(grads[:, d], grads[:, 0]) for d in range(DRAWS)]
     if max(still) > 10 * NOISE or ((grads != 0) != (grads[:, :1] != 0)).any():
       return False

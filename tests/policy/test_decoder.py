@@ -77,7 +77,7 @@ def reference(c, params, ids):
 @pytest.mark.parametrize('config', [TIED, UNTIED], ids=['tied', 'untied'])
 def test_logits_equal_a_numpy_decoder(config):
   params = weights(config)
-  logits = policy.logits(params, forward(config, params, IDS))
+  logits = policy.logits(config, params, forward(config, params, IDS))
   expected = np.stack([reference(config, params, ids) for ids in IDS])
   np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
@@ -92,7 +92,8 @@ def test_a_later_token_leaves_earlier_hidden_states():
   assert (np.abs(before[:, 4:] - after[:, 4:]).max(axis=-1) > 1e-3).all()
 
 
-def test_remat_changes_neither_value_nor_gradient():
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_remat_changes_neither_value_nor_gradient(remat):
   params = weights(TIED)
 
   def loss(remat):
@@ -101,7 +102,7 @@ def test_remat_changes_neither_value_nor_gradient():
 
     return jax.jit(jax.value_and_grad(of))(params)
 
-  (with_remat, grad), (without, straight) = loss(True), loss(False)
+  (with_remat, grad), (without, straight) = loss(remat), loss('none')
   np.testing.assert_allclose(with_remat, without, rtol=1e-6)
   for a, b in zip(
     jax.tree.leaves(grad), jax.tree.leaves(straight), strict=True

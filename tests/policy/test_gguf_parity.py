@@ -56,7 +56,11 @@ def path():
 
 @pytest.fixture(scope='module')
 def ours(path):
-  return gguf.load(path)
+  pretrained = gguf.load(path)
+  abstract = policy.abstract_params(pretrained.config)
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  params = pretrained.read(jax.tree.map(lambda _: one, abstract))
+  return pretrained.config, params, pretrained.tokenizer
 
 
 @pytest.fixture(scope='module')
@@ -122,7 +126,7 @@ def test_logits_equal_those_of_transformers(ours, theirs):
 
   @jax.jit
   def logits(params, ids):
-    return policy.logits(params, policy.forward(config, params, ids))
+    return policy.logits(config, params, policy.forward(config, params, ids))
 
   batch = np.asarray(logits(params, jnp.asarray(ids)))
   for actual, prompt in zip(batch, prompts, strict=True):

@@ -103,6 +103,22 @@ def test_numbers_equal_the_trainers(params, temperature):
     assert np.abs(mine[own]).mean() > 0.1
 
 
+def test_numbers_are_close_to_the_trainers_in_bfloat16(params):
+  cast = policy.cast(params, jnp.bfloat16)
+  sampled = complete(cast)
+  ids, mask = as_batch(sampled)
+  stats = jax.jit(functools.partial(token_stats, CONFIG))(
+    cast, padded(ids, mask)
+  )
+  own = written(sampled)
+  for mine, theirs in [
+    (sampled.tokens.logprob, stats.logprob),
+    (sampled.tokens.entropy, stats.entropy),
+  ]:
+    assert mine.dtype == np.float32
+    assert np.abs(mine[own] - np.asarray(theirs)[mask]).mean() < 5e-3
+
+
 def test_completion_stops_with_its_first_end_token(base):
   ids = base.tokens.ids
   for place in np.ndindex(P, G):
@@ -139,7 +155,7 @@ def test_greedy_is_the_argmax_of_full_forward_passes(params):
 
   @jax.jit
   def logits(ids):
-    return policy.logits(params, policy.forward(CONFIG, params, ids))
+    return policy.logits(CONFIG, params, policy.forward(CONFIG, params, ids))
 
   ids = np.pad(IDS, ((0, 0), (0, LIMIT)))
   rows = np.arange(P)
