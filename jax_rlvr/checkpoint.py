@@ -18,10 +18,12 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
+from jax_rlvr import mesh as layouts
 from jax_rlvr import tokenizer as tokenizers
 from jax_rlvr.config import ConfigError, Recipe, Task
-from jax_rlvr.policy import PolicyConfig
+from jax_rlvr.policy import Params, PolicyConfig, abstract_params
 from jax_rlvr.records import TrainState
 from jax_rlvr.tokenizer import Tokenizer
 
@@ -208,6 +210,31 @@ def read_policy(workdir: pathlib.Path) -> tuple[PolicyConfig, Tokenizer]:
   """
   policy = PolicyConfig(**_read(workdir)['policy'])
   return policy, tokenizers.load(workdir / 'tokenizer')
+
+
+def read_params(
+  workdir: pathlib.Path,
+  policy: PolicyConfig,
+  mesh: Mesh,
+  table: layouts.Table,
+  step: int | None = None,
+) -> tuple[Params, int]:
+  """A run's parameters on their devices, and the step that they are of.
+
+  Args:
+    workdir: of the run.
+    policy: its shape.
+    mesh: the devices.
+    table: how parameters lie on them.
+    step: of the checkpoint; the latest if None.
+
+  Raises:
+    ConfigError: no such checkpoint, or one that cannot be read.
+  """
+  abstract = layouts.abstract(mesh, abstract_params(policy), table)
+  with Checkpoints(workdir / 'checkpoints') as checkpoints:
+    params = checkpoints.restore_params(abstract, step)
+    return params, checkpoints.steps()[-1] if step is None else step
 
 
 def _read(workdir: pathlib.Path) -> dict[str, Any]:

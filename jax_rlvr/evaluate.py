@@ -22,7 +22,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from jax_rlvr import checkpoint, policy, prng, rollout
+from jax_rlvr import checkpoint, prng, rollout
 from jax_rlvr import mesh as layouts
 from jax_rlvr.config import ConfigError, Task
 from jax_rlvr.prng import Stream
@@ -186,13 +186,9 @@ def _evaluate(arguments) -> dict[str, float]:
       saved.sampling.get('compute_dtype', 'float32'), mesh
     ),
   )
-  abstract = layouts.abstract(
-    actor.mesh, policy.abstract_params(saved.policy), layouts.SAMPLING
+  params, step = checkpoint.read_params(
+    arguments.workdir, saved.policy, mesh, layouts.SAMPLING, arguments.step
   )
-  folder = arguments.workdir / 'checkpoints'
-  with checkpoint.Checkpoints(folder) as checkpoints:
-    params = checkpoints.restore_params(abstract, arguments.step)
-    step = checkpoints.steps()[-1] if arguments.step is None else arguments.step
   temperature = arguments.temperature
   if temperature is None:
     temperature = saved.sampling['eval_temperature']

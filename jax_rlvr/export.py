@@ -32,12 +32,9 @@ def export(
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise ConfigError(f'{out} holds something already; give a new --out')
   shape, tokenizer = checkpoint.read_policy(workdir)
-  abstract = layouts.abstract(
-    layouts.make(), policy.abstract_params(shape), layouts.TRAINING
+  params, step = checkpoint.read_params(
+    workdir, shape, layouts.make(), layouts.TRAINING, step
   )
-  with checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
-    params = checkpoints.restore_params(abstract, step)
-    step = checkpoints.steps()[-1] if step is None else step
   policy.save(out, shape, params, dtype=dtype, end_ids=tokenizer.end_ids)
   tokenizer.save(out)
   return step

@@ -41,11 +41,9 @@ def load_policy(
   mesh = layouts.make()
   if (path / 'manifest.json').exists():
     config, tokenizer = checkpoint.read_policy(path)
-    abstract = layouts.abstract(
-      mesh, policy.abstract_params(config), layouts.TRAINING
+    params, _ = checkpoint.read_params(
+      path, config, mesh, layouts.TRAINING, step
     )
-    with checkpoint.Checkpoints(path / 'checkpoints') as checkpoints:
-      params = checkpoints.restore_params(abstract, step)
     return LoadedPolicy(config, params, path, tokenizer)
   if step is not None:
     raise ValueError(f'{path} is no run, so it has no {step=}; leave it out')

@@ -3,11 +3,11 @@
 from jax_rlvr.policy.attention import Layout as Layout
 from jax_rlvr.policy.config import PolicyConfig as PolicyConfig
 from jax_rlvr.policy.config import RopeScaling as RopeScaling
+from jax_rlvr.policy.decoder import Params as Params
 from jax_rlvr.policy.decoder import Remat as Remat
 from jax_rlvr.policy.decoder import abstract_params as abstract_params
 from jax_rlvr.policy.decoder import cast as cast
 from jax_rlvr.policy.decoder import forward as forward
-from jax_rlvr.policy.decoder import head as head
 from jax_rlvr.policy.decoder import init as init
 from jax_rlvr.policy.decoder import logits as logits
 from jax_rlvr.policy.decoding import decode as decode

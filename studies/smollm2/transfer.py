@@ -13,8 +13,6 @@ import argparse
 import json
 import pathlib
 
-import jax
-
 from jax_rlvr import checkpoint, evaluate, mesh, policy, prng, rollout
 from jax_rlvr.scoring import Scorers
 from jax_rlvr.tasks import Arithmetic, Mawps
@@ -41,7 +39,7 @@ def main():
     mesh=mesh.make(),
     slots=128,
   )
-  abstract = mesh.abstract(
+  shardings = mesh.shardings(
     actor.mesh, policy.abstract_params(before.config), mesh.SAMPLING
   )
   # What was measured before is kept: a run can be added later.
@@ -54,10 +52,11 @@ def main():
       if name in scores:
         continue
       if run is None:
-        params = before.read(jax.tree.map(lambda x: x.sharding, abstract))
+        params = before.read(shardings)
       else:
-        with checkpoint.Checkpoints(run / 'checkpoints') as saved:
-          params = saved.restore_params(abstract)
+        params, _ = checkpoint.read_params(
+          run, before.config, actor.mesh, mesh.SAMPLING
+        )
       scores[name], _ = evaluate.run(
         actor,
         params,
