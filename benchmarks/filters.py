@@ -59,16 +59,7 @@ WIDEST = 128  # numbers that one collective may carry
 # each of a quantile's two neighbours.
 BITS = 64
 
-QWEN_7B = policy.PolicyConfig(
-  vocab_size=152_064,
-  layers=28,
-  width=3584,
-  heads=28,
-  kv_heads=4,
-  head_size=128,
-  feed_forward=18_944,
-  tied_embeddings=False,
-)
+QWEN_7B = policy.SHAPES['qwen2.5-7b']
 
 
 # The programs: functions of (stats, tokens, key)

@@ -37,16 +37,7 @@ from jax_rlvr.token_stats import token_stats  # noqa: E402
 from jax_rlvr.update import make_inner_step  # noqa: E402
 
 MIB, GIB = 2**20, 2**30
-SMOLLM2 = policy.PolicyConfig(
-  vocab_size=49_152,
-  layers=30,
-  width=576,
-  heads=9,
-  kv_heads=3,
-  head_size=64,
-  feed_forward=1536,
-  tied_embeddings=True,
-)
+SMOLLM2 = policy.SHAPES['smollm2-135m']
 TOY = dataclasses.replace(
   SMOLLM2, vocab_size=512, width=64, heads=2, kv_heads=1, feed_forward=128
 )
