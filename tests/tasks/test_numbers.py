@@ -97,9 +97,10 @@ def test_last_number_keeps_the_largest_it_reads():
   ['1' * 10**6, '1,' * 10**6, '-' * 10**6, '$' * 10**6 + '1', '1.' * 10**6],
 )
 def test_last_number_of_a_hostile_text_is_quick(text):
-  start = time.perf_counter()
+  # A linear search takes milliseconds, a quadratic one minutes.
+  start = time.process_time()
   last_number(text)
-  assert time.perf_counter() - start < 1
+  assert time.process_time() - start < 5
 
 
 def test_last_number_ignores_what_precedes_a_long_text():
