@@ -90,11 +90,30 @@ print(f'largest difference {np.abs(picked - stats.logprob[0, 1:]).max():.0e}')
 # %% [markdown]
 # ## Completions
 #
-# Each prompt is read once and completed `samples` times. Ids come with the
-# sampler's own log-probabilities and entropies, which are the trainer's.
+# Each prompt is read once and completed `samples` times. A completion has its
+# text, and ids with the sampler's own log-probabilities and entropies, which
+# are the trainer's. It depends on the seed, the number of its prompt and its
+# own, not on what is completed beside it. `stream=` hears of texts as they
+# grow, `progress=True` shows a bar.
 
 # %%
-prompt = np.array([loaded.tokenizer.encode('12+34=')])
-made = loaded.generate(prompt, key=jax.random.key(0), max_tokens=6, samples=3)
-for sample, length in zip(made.tokens.ids[0], made.lengths[0], strict=True):
-  print(repr(loaded.tokenizer.decode(sample[:length].tolist())))
+made = loaded.generate(['12+34=', '7+5='], samples=3, max_new_tokens=6)
+for prompt, completions in zip(['12+34=', '7+5='], made, strict=True):
+  for c in completions:
+    print(
+      f'{prompt}{c.text:8} {len(c.ids)} tokens, {c.entropies.mean():.2f} nats'
+    )
+
+# %% [markdown]
+# Transforms change the distribution that is drawn from. `logprobs` stay those
+# of the full softmax, which training goes by; `sampled_logprobs` are of what
+# was drawn from.
+
+# %%
+from jax_rlvr.sampling import chain, min_p, top_k  # noqa: E402
+
+((c,),) = loaded.generate(
+  ['12+34='], max_new_tokens=6, transform=chain(top_k(3), min_p(0.1))
+)
+for mine, full in zip(c.sampled_logprobs, c.logprobs, strict=True):
+  print(f'drawn at {mine:5.2f}, full softmax {full:5.2f}')

@@ -1,8 +1,9 @@
 """What a run leaves on disk: checkpoints, and a manifest to read them by.
 
-Checkpoints are Orbax's, written whole or not at all. Each step has two items:
-`params`, a plain nested dict that Orbax restores without this package, and
-`training`, the rest of the TrainState. Nothing here is a pickle.
+Checkpoints are Orbax's, written whole or not at all. Each step has three items:
+`params`, a plain nested dict that Orbax restores without this package,
+`training`, the other arrays of the TrainState, and `carried`, its completions
+that go on, as JSON. Nothing here is a pickle.
 """
 
 from __future__ import annotations
@@ -48,11 +49,10 @@ class Checkpoints:
 
   def save(self, state: TrainState) -> None:
     """Starts to save; arrays are copied first, so the state may be donated."""
-    training = state._replace(params=None)._asdict()
-    del training['params']
     items = ocp.args.Composite(
       params=ocp.args.StandardSave(state.params),
-      training=ocp.args.StandardSave(training),
+      training=ocp.args.StandardSave(_training(state)),
+      carried=ocp.args.JsonSave({'groups': state.carried}),
     )
     self._manager.save(int(state.step), args=items)
 
@@ -70,14 +70,17 @@ class Checkpoints:
     Raises:
       ConfigError: no such checkpoint, or one that cannot be read.
     """
-    training = abstract._replace(params=None)._asdict()
-    del training['params']
     restored = self._restore(
       step,
       params=ocp.args.StandardRestore(abstract.params),
-      training=ocp.args.StandardRestore(training),
+      training=ocp.args.StandardRestore(_training(abstract)),
+      carried=ocp.args.JsonRestore(),
     )
-    return TrainState(params=restored['params'], **restored['training'])
+    return TrainState(
+      params=restored['params'],
+      carried=tuple(restored['carried']['groups']),
+      **restored['training'],
+    )
 
   def restore_params(self, abstract: Any, step: int | None = None) -> Any:
     """As `restore`, for the params alone."""
@@ -101,6 +104,11 @@ class Checkpoints:
         f'checkpoint {self.folder / str(step)} cannot be read ({reason}); '
         'remove it to go on from the one before'
       ) from error
+
+
+def _training(state: TrainState) -> dict[str, Any]:
+  arrays = state._asdict()
+  return {k: arrays[k] for k in ('step', 'cursor', 'optimizer', 'filters')}
 
 
 def abstract_like(state: Any) -> Any:
@@ -133,7 +141,7 @@ class Manifest:
 _SAMPLING = (
   'seed', 'slots', 'max_prompt_tokens', 'max_completion_tokens', 'temperature',
   'eval_temperature', 'eval_samples', 'eval_prompts', 'scorers',
-  'reward_deadline_s', 'compute_dtype',
+  'reward_deadline_s', 'compute_dtype', 'stop',
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from jax_rlvr.records import TokenStats
 if TYPE_CHECKING:
   from jax_rlvr.policy import PolicyConfig
   from jax_rlvr.records import Completion, Prompt
+  from jax_rlvr.sampling import Transform
   from jax_rlvr.tokenizer import Tokenizer
 
 
@@ -70,7 +71,7 @@ _COUNTS = {'steps': 0, 'seed': 0, 'row_tokens': 0} | dict.fromkeys(
 )
 _NUMBERS = dict.fromkeys(
   ('temperature', 'eval_temperature', 'reward_deadline_s'), 0
-)
+) | {'oversample': 1, 'max_asked': 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,14 @@ class Config:
       tokens; 0 is room for the longest sequence.
     temperature: of rollouts and of the log-probabilities trained on, > 0.
     slots: sequences decoded at one time.
+    oversample: groups begun over groups needed; above 1 sampling ends once
+      enough are whole, and what is not goes on in the next step, off-policy.
+    dynamic_sampling: groups whose rewards are all equal are dropped, and other
+      prompts asked (DAPO).
+    max_asked: prompts asked in a step at the most, over prompts per step.
+    transform: of the distribution that completions are drawn from, see
+      `jax_rlvr.sampling`; log-probabilities to train on are those before it.
+    stop: texts that end a completion, which is cut before them.
     attention: what computes it in the update: 'splash' is for TPUs, and has
       each completion bring its own prompt tokens; 'cudnn' is for GPUs, 'xla'
       for all; 'auto' is what suits the devices.
@@ -116,6 +125,7 @@ class Config:
     eval_prompts: prompts per task and evaluation; the split's first ones.
     eval_samples: completions per evaluation prompt.
     eval_temperature: 0 for argmax.
+    eval_transform: as `transform`, for evaluations.
     checkpoint_every: steps between checkpoints; one always comes last.
     keep_checkpoints: newest ones kept.
     scorers: worker processes that run rewards.
@@ -141,6 +151,11 @@ class Config:
   row_tokens: int = 0
   temperature: float = 1.0
   slots: int = 512
+  oversample: float = 1.0
+  dynamic_sampling: bool = False
+  max_asked: float = 4.0
+  transform: Transform | None = None
+  stop: Sequence[str] = ()
   attention: Literal['auto', 'xla', 'splash', 'cudnn'] = 'auto'
   remat: Literal['none', 'dots', 'full'] = 'full'
   compute_dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
@@ -150,6 +165,7 @@ class Config:
   eval_prompts: int = 256
   eval_samples: int = 8
   eval_temperature: float = 1.0
+  eval_transform: Transform | None = None
   checkpoint_every: int = 20
   keep_checkpoints: int = 3
   scorers: int = 1
@@ -204,6 +220,7 @@ class Config:
       self.compute_dtype in ('auto', 'float32', 'bfloat16'),
       "'auto', 'float32' or 'bfloat16'",
     )
+    self._require('stop', not isinstance(self.stop, str), 'a sequence of texts')
     extras = TokenStats._fields[2:]
     self._require(
       'token_extras',

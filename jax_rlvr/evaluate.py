@@ -24,14 +24,16 @@ import rich.table
 
 from jax_rlvr import checkpoint, prng, rollout
 from jax_rlvr import mesh as layouts
+from jax_rlvr.actor import Actor, OnProgress, ignore
 from jax_rlvr.config import ConfigError, Task
 from jax_rlvr.prng import Stream
 from jax_rlvr.records import Rollout
+from jax_rlvr.sampling import Transform, chain, min_p, top_k, top_p
 from jax_rlvr.scoring import Scorers
 
 
 def run(
-  actor: rollout.Actor,
+  actor: Actor,
   params: Any,
   tasks: Sequence[Task],
   scorers: Scorers,
@@ -41,7 +43,10 @@ def run(
   samples: int,
   temperature: float,
   max_completion_tokens: int,
-  on_progress: Callable[[int], None] = lambda tokens: None,
+  max_prompt_tokens: int = 1,
+  transform: Transform | None = None,
+  stop: Sequence[str] = (),
+  on_progress: OnProgress = ignore,
 ) -> tuple[dict[str, float], list[Rollout]]:
   """Evaluates on the first `prompts` prompts of each task's test split.
 
@@ -52,15 +57,19 @@ def run(
   for task in tasks:
     asked = task.prompts('test')
     asked = [asked[i] for i in range(min(prompts, len(asked)))]
-    keys = rollout.sample_keys(key, range(len(asked)), samples)
-    groups = actor.complete(
+    keys = prng.sample_keys(key, range(len(asked)), samples)
+    completed = actor.complete(
       params,
       asked,
       keys,
       temperature=temperature,
       max_completion_tokens=max_completion_tokens,
+      max_prompt_tokens=max_prompt_tokens,
+      transform=transform,
+      stop=stop,
+      on_progress=on_progress,
     )
-    rollouts, failures = rollout.score(groups, scorers, on_progress)
+    rollouts, failures = rollout.score(completed, scorers)
     scores = metrics(rollouts, samples, getattr(task, 'extract', _text))
     if failures['reward/unscorable']:
       scores['unscorable'] = failures['reward/unscorable']
@@ -158,6 +167,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--samples', type=int, default=8, help='k')
   parser.add_argument('--prompts', type=int, default=10**9, help='per task')
   parser.add_argument('--temperature', type=float, default=None)
+  parser.add_argument('--top_k', type=int, help='draw from that many tokens')
+  parser.add_argument('--top_p', type=float, help='draw from that mass')
+  parser.add_argument(
+    '--min_p',
+    type=float,
+    help='draw from tokens that likely beside the top one',
+  )
   parser.add_argument('--json', type=pathlib.Path, help='where to write scores')
   arguments = parser.parse_args(argv)
   try:
@@ -176,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate(arguments) -> dict[str, float]:
   saved = checkpoint.read_manifest(arguments.workdir)
   mesh = layouts.make()
-  actor = rollout.Actor(
+  actor = Actor(
     policy=saved.policy,
     tokenizer=saved.tokenizer,
     mesh=mesh,
@@ -192,6 +208,15 @@ def _evaluate(arguments) -> dict[str, float]:
   temperature = arguments.temperature
   if temperature is None:
     temperature = saved.sampling['eval_temperature']
+  cuts = [
+    cut(number)
+    for cut, number in (
+      (top_k, arguments.top_k),
+      (top_p, arguments.top_p),
+      (min_p, arguments.min_p),
+    )
+    if number is not None
+  ]
   with Scorers(
     saved.tasks,
     saved.sampling['scorers'],
@@ -207,6 +232,8 @@ def _evaluate(arguments) -> dict[str, float]:
       samples=arguments.samples,
       temperature=temperature,
       max_completion_tokens=saved.sampling['max_completion_tokens'],
+      transform=chain(*cuts) if cuts else None,
+      stop=saved.sampling.get('stop', ()),
     )
   return {'step': step} | scores
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -74,3 +76,55 @@ def summary(stats: TokenStats, tokens: Tokens) -> dict[str, jax.Array]:
     values = jnp.where(n > 0, values, 0.0)
     scalars |= {f'entropy/p{p}': values[i] for i, p in enumerate(percents)}
   return scalars
+
+
+class Gap(NamedTuple):
+  """How far the sampler is from the trainer, added up over tokens.
+
+  Attributes:
+    absolute: of the differences of log-probability, nats.
+    largest: of the same.
+    k3: estimates of KL(sampler ‖ trainer), nats.
+    count: int32, tokens.
+  """
+
+  absolute: jax.Array
+  largest: jax.Array
+  k3: jax.Array
+  count: jax.Array
+
+
+def gap(trainer: jax.Array, sampler: jax.Array, mask: jax.Array) -> Gap:
+  """Of log-probabilities of the same tokens under the same weights.
+
+  A token for which the sampler has NaN does not count.
+  """
+  mask = mask & ~jnp.isnan(sampler)
+  x = bounded(trainer - sampler, mask)
+  apart = jnp.abs(x)
+  k3 = jnp.sum(jnp.expm1(x) - x)
+  return Gap(jnp.sum(apart), jnp.max(apart), k3, masked.count(mask))
+
+
+def joined(a: Gap, b: Gap) -> Gap:
+  """Of the tokens of both."""
+  return Gap(
+    a.absolute + b.absolute,
+    jnp.maximum(a.largest, b.largest),
+    a.k3 + b.k3,
+    a.count + b.count,
+  )
+
+
+def mismatch(gap: Gap) -> dict[str, jax.Array]:
+  """`mismatch/mean` and `/max` of |Δ log-probability|, `mismatch/kl`; nats.
+
+  Before the weights move sampler and trainer should say the same: what is
+  here is numerics, or a fault.
+  """
+  n = jnp.maximum(gap.count, 1)
+  return {
+    'mismatch/mean': gap.absolute / n,
+    'mismatch/max': gap.largest,
+    'mismatch/kl': gap.k3 / n,
+  }

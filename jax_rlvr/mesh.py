@@ -7,6 +7,7 @@ code and filters never name an axis.
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -33,6 +34,9 @@ SAMPLING: Table = tuple(
   for pattern, spec in TRAINING
 )
 ROWS = P(('slice', 'fsdp'))
+# Of the sampler: [S, K, …] and [P, T, K, H].
+CACHE = P(*ROWS, 'tensor')
+PROMPTS = P(*ROWS, None, 'tensor')
 
 
 def make(*, slices: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
@@ -84,11 +88,28 @@ def shardings(mesh: Mesh, tree: Any, table: Table) -> Any:
 
 
 def _fitting(mesh, spec, shape):
+  def parts(axis):
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    return int(np.prod([mesh.shape[a] for a in axes]))
+
   fits = (
-    axis if axis and size % mesh.shape[axis] == 0 else None
+    axis if axis and size % parts(axis) == 0 else None
     for axis, size in zip(spec, shape, strict=False)
   )
   return P(*fits)
+
+
+def fitted(mesh: Mesh, tree: Any, spec: P) -> Any:
+  """The sharding of arrays by one spec, as far as it fits each."""
+  return jax.tree.map(
+    lambda x: NamedSharding(mesh, _fitting(mesh, spec, x.shape)), tree
+  )
+
+
+def cut(mesh: Mesh, tree: Any, spec: P) -> Any:
+  """Arrays within a jitted function, laid out by a spec as far as it fits."""
+
+  return jax.lax.with_sharding_constraint(tree, fitted(mesh, tree, spec))
 
 
 def abstract(mesh: Mesh, tree: Any, table: Table) -> Any:
@@ -108,6 +129,17 @@ def place(mesh: Mesh, params: Any, table: Table) -> Any:
 def place_rows(mesh: Mesh, tree: Any) -> Any:
   """Host arrays with a leading row axis, cut over the data axes."""
   return jax.device_put(tree, NamedSharding(mesh, ROWS))
+
+
+def memory(mesh: Mesh) -> int | None:
+  """Bytes that each device has; None where it does not say."""
+  stats = mesh.local_devices[0].memory_stats() or {}
+  if 'bytes_limit' in stats:
+    return stats['bytes_limit']
+  if mesh.local_devices[0].platform == 'cpu':
+    whole = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return whole // len(mesh.local_devices)
+  return None
 
 
 def row_shards(mesh: Mesh) -> int:

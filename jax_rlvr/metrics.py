@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -19,16 +20,20 @@ class Rows:
     """Opens the file to append, and cuts the rows of steps after `keep_to`.
 
     A resumed run writes those again. The cut file replaces the old one whole.
+    `steps` are those that the file has.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
+    self.steps = set()
     if file.exists():
       kept = [row for row in read(file) if row['step'] <= keep_to]
+      self.steps = {row['step'] for row in kept}
       new = file.with_suffix('.new')
       new.write_text(''.join(json.dumps(row) + '\n' for row in kept))
       new.replace(file)
     self._file = file.open('a')
 
   def write(self, row: Mapping[str, Any]) -> None:
+    self.steps.add(row['step'])
     self._file.write(json.dumps(row) + '\n')
     self._file.flush()
 
@@ -50,15 +55,14 @@ def read(file: pathlib.Path) -> list[dict[str, Any]]:
 def reduce(measured: Iterable[Mapping[str, Any]]) -> dict[str, float]:
   """One number per name from the dicts of a step's inner steps.
 
-  `…/max` takes the maximum and `…/skipped` the sum; all others the mean.
+  `…/max` takes the maximum and `…/skipped` the sum; all others the mean of the
+  inner steps that have it.
   """
-  measured = [
-    {name: np.asarray(x) for name, x in scalars.items()} for scalars in measured
-  ]
-  return {
-    name: float(_how(name)([scalars[name] for scalars in measured]))
-    for name in (measured[0] if measured else ())
-  }
+  found = collections.defaultdict(list)
+  for scalars in measured:
+    for name, x in scalars.items():
+      found[name].append(np.asarray(x))
+  return {name: float(_how(name)(xs)) for name, xs in found.items()}
 
 
 def _how(name: str):

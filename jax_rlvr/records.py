@@ -89,8 +89,13 @@ class Rollout:
     sampled_logprob: the same under the distribution that was drawn from.
     entropy: float32 [completion length], nats, of the temperature-scaled
       softmax.
+    versions: int32 [completion length], steps that the weights had seen which
+      drew each token.
     completion: the text that rewards see.
     reward: None where the completion could not be scored.
+    failed: the policy's logits were not finite after the last token: nothing
+      is learnt from it.
+    finished: False for the beginning of a completion, to go on with.
   """
 
   prompt: Prompt
@@ -99,8 +104,11 @@ class Rollout:
   logprob: np.ndarray
   sampled_logprob: np.ndarray
   entropy: np.ndarray
+  versions: np.ndarray
   completion: Completion
   reward: float | None = None
+  failed: bool = False
+  finished: bool = True
 
 
 class TokenStats(NamedTuple):
@@ -141,6 +149,7 @@ class Tokens(NamedTuple):
     ref_logprob: float32 [B, T], of the frozen reference policy.
     ids: int32 [B, T], the tokens themselves, prompt first.
     lengths: int32 [B], tokens of prompt + completion.
+    fresh: bool [B, T], drawn with the weights of this step; all if None.
   """
 
   mask: Bool[Array, 'B T']
@@ -152,6 +161,7 @@ class Tokens(NamedTuple):
   ref_logprob: Float[Array, 'B T'] | None = None
   ids: Int[Array, 'B T'] | None = None
   lengths: Int[Array, ' B'] | None = None
+  fresh: Bool[Array, 'B T'] | None = None
 
 
 class Rows(NamedTuple):
@@ -189,6 +199,8 @@ class TrainState(NamedTuple):
     params: plain nested dict of arrays.
     optimizer: state of the weight-space optax chain.
     filters: state of the token-space optax chain.
+    carried: groups of completions to go on with, as JSON values; see
+      `rollout.collect`.
   """
 
   step: np.int32 | Int[Array, '']
@@ -196,6 +208,7 @@ class TrainState(NamedTuple):
   params: Any
   optimizer: Any
   filters: Any
+  carried: tuple[Mapping[str, Any], ...] = ()
 
 
 class Tracked(NamedTuple):

@@ -3,118 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jax_rlvr import mesh as layouts
 from jax_rlvr import prng
+from jax_rlvr.actor import Actor, OnProgress, Segment, ignore
+from jax_rlvr.carried import Asked, as_json, restored
 from jax_rlvr.config import Config
-from jax_rlvr.policy import PolicyConfig, cast
 from jax_rlvr.prng import Stream
-from jax_rlvr.records import Completion, Prompt, Rollout, Tokens, TrainState
-from jax_rlvr.sampling import sample
+from jax_rlvr.records import Rollout, Tokens, TrainState
 
 if TYPE_CHECKING:
   from jax_rlvr.scoring import Scorers
-  from jax_rlvr.tokenizer import Tokenizer
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Actor:
-  """What it takes, beside weights, to complete prompts.
-
-  Attributes:
-    policy: shape of the policy.
-    tokenizer: renders prompts and ends completions.
-    mesh: where sampling runs.
-    slots: sequences decoded at one time, about.
-    dtype: to compute in, as the trainer does.
-  """
-
-  policy: PolicyConfig
-  tokenizer: Tokenizer
-  mesh: jax.sharding.Mesh
-  slots: int
-  dtype: np.dtype = np.dtype(np.float32)
-
-  def complete(
-    self,
-    params: Any,
-    prompts: Sequence[Prompt],
-    keys: jax.Array,
-    *,
-    temperature: float,
-    max_completion_tokens: int,
-    max_prompt_tokens: int | None = None,
-  ) -> Iterator[list[Rollout]]:
-    """Completes each prompt, yielding whole groups as they are done.
-
-    Args:
-      params: of the policy.
-      prompts: P of them.
-      keys: [P, G], one a completion.
-      temperature: 0 for argmax.
-      max_completion_tokens: token limit.
-      max_prompt_tokens: width of the prompts; the longest, rounded up, if None.
-    """
-    encoded = [self.tokenizer.render(prompt.messages) for prompt in prompts]
-    longest = max(map(len, encoded))
-    width = max_prompt_tokens or math.ceil(longest / 16) * 16
-    samples = keys.shape[1]
-    shards = layouts.row_shards(self.mesh)
-    wanted = min(len(prompts), max(1, self.slots // samples))
-    slab = math.ceil(wanted / shards) * shards
-    weights = layouts.place(
-      self.mesh, cast(params, self.dtype), layouts.SAMPLING
-    )
-    for start in range(0, len(prompts), slab):
-      # A short last slab repeats prompts, so that one shape serves all.
-      index = [min(i, len(prompts) - 1) for i in range(start, start + slab)]
-      lengths = np.array([len(encoded[i]) for i in index], np.int32)
-      ids = np.zeros((slab, width), np.int32)
-      for row, i in zip(ids, index, strict=True):
-        row[: len(encoded[i])] = encoded[i]
-      ids, lengths, slab_keys = layouts.place_rows(
-        self.mesh, (ids, lengths, keys[np.array(index)])
-      )
-      sampled = sample(
-        self.policy,
-        weights,
-        ids,
-        lengths,
-        slab_keys,
-        np.float32(temperature),
-        np.array(self.tokenizer.end_ids, np.int32),
-        max_tokens=max_completion_tokens,
-      )
-      sampled = jax.device_get(sampled)
-      real = min(slab, len(prompts) - start)
-      yield [
-        self._rollout(prompts[start + p], encoded[start + p], sampled, (p, g))
-        for p in range(real)
-        for g in range(samples)
-      ]
-
-  def _rollout(self, prompt, prompt_ids, sampled, place) -> Rollout:
-    length, ended = sampled.lengths[place], bool(sampled.ended[place])
-    ids, logprob, sampled_logprob, entropy = (
-      x[place][:length].copy() for x in sampled.tokens
-    )
-    text = self.tokenizer.decode([int(i) for i in (ids[:-1] if ended else ids)])
-    return Rollout(
-      prompt=prompt,
-      prompt_ids=np.array(prompt_ids, np.int32),
-      ids=ids,
-      logprob=logprob,
-      sampled_logprob=sampled_logprob,
-      entropy=entropy,
-      completion=Completion(text=text, length=int(length), truncated=not ended),
-    )
+_log = logging.getLogger(__name__)
 
 
 def collect(
@@ -123,77 +33,183 @@ def collect(
   actor: Actor,
   scorers: Scorers,
   config: Config,
-  on_progress: Callable[[int], None] = lambda tokens: None,
+  on_progress: OnProgress = ignore,
 ) -> tuple[list[Rollout], TrainState, dict[str, float]]:
   """Takes a step's prompts from the stream, completes and rewards them.
+
+  With `config.oversample` above 1 more groups are begun than are needed, and
+  sampling ends with the segment in which enough of them are whole. The rest
+  goes on in the next step; its tokens keep the numbers of the weights that drew
+  them. With `config.dynamic_sampling` a group whose rewards are all equal is
+  dropped, and further prompts are asked, `config.max_asked` times the prompts
+  per step at the most. What is dropped, and when sampling ends, depends on
+  tokens and rewards alone: the latter are waited for.
 
   Args:
     state: its params sample, its cursor says which prompts are next.
     stream: stream[i] is the prompt at position i, for any i.
     actor, scorers, config: of the run.
-    on_progress: called with the number of new completion tokens.
+    on_progress: called after each segment of sampling.
 
   Returns:
-    P * G rollouts grouped by prompt, the state with its cursor moved on, and
-    the step's scalars.
+    The rollouts of P groups, or of fewer where the limit was met; the state
+    with its cursor moved on and with what it carries over; and the scalars of
+    the step.
   """
-  first = int(state.cursor)
-  positions = range(first, first + config.prompts_per_step)
-  key = prng.key(config.seed, Stream.SAMPLE, int(state.step))
-  groups = actor.complete(
-    state.params,
-    [stream[i] for i in positions],
-    sample_keys(key, positions, config.group_size),
-    temperature=config.temperature,
-    max_completion_tokens=config.max_completion_tokens,
-    max_prompt_tokens=config.max_prompt_tokens,
+  c, step, samples = config, int(state.step), config.group_size
+  asked = [restored(saved, stream) for saved in state.carried]
+  carried = sum(len(group.begun) for group in asked)
+  cursor, started = int(state.cursor), time.perf_counter()
+  scores: dict[tuple[int, int], Future] = {}
+
+  def take(group: Asked, sample: int, r: Rollout) -> None:
+    group.begun[sample] = r
+    if r.finished:
+      score = scorers.submit(r.prompt, r.completion)
+      scores[group.position, sample] = score
+
+  def whole() -> list[Asked]:
+    return [group for group in asked if group.is_whole(samples)]
+
+  def usable() -> list[Asked]:
+    if not c.dynamic_sampling:
+      return whole()
+    return [group for group in whole() if _differ(group, scores, samples)]
+
+  for group in asked:
+    for sample, r in group.begun.items():
+      take(group, sample, r)
+  while (missing := c.prompts_per_step - len(usable())) > 0:
+    room = math.ceil(c.prompts_per_step * c.max_asked) - len(asked)
+    begun = len(asked) - len(whole())
+    new = min(math.ceil(missing * c.oversample) - begun, room)
+    positions = range(cursor, cursor + max(new, 0))
+    asked += [Asked(i, step, stream[i], {}) for i in positions]
+    cursor = positions.stop
+    unfinished = [group for group in asked if not group.is_whole(samples)]
+    if not unfinished:
+      _log.warning(
+        'step %d goes on with %d of %d groups: of %d prompts no more had '
+        'rewards that differ', step, c.prompts_per_step - missing,
+        c.prompts_per_step, len(asked),
+      )  # fmt: skip
+      break
+    for segment in actor.complete(
+      state.params,
+      [group.prompt for group in unfinished],
+      jnp.concatenate([_keys(c.seed, group, samples) for group in unfinished]),
+      temperature=c.temperature,
+      max_completion_tokens=c.max_completion_tokens,
+      max_prompt_tokens=c.max_prompt_tokens,
+      transform=c.transform,
+      stop=c.stop,
+      begun={
+        p * samples + sample: r
+        for p, group in enumerate(unfinished)
+        for sample, r in group.begun.items()
+      },
+      version=step,
+      on_progress=on_progress,
+    ):
+      for number, r in segment.finished.items():
+        take(unfinished[number // samples], number % samples, r)
+      if (
+        c.oversample > 1
+        and len(whole()) >= c.prompts_per_step
+        and len(usable()) >= c.prompts_per_step
+      ):
+        for number, r in segment.running().items():
+          take(unfinished[number // samples], number % samples, r)
+        break
+  chosen = usable()[: c.prompts_per_step]
+  left = [group for group in asked if group not in chosen]
+  rewarded, scalars = _rewarded(
+    {
+      (group.position, sample): r
+      for group in asked
+      for sample, r in group.begun.items()
+      if r.finished
+    },
+    scores,
+    scorers,
+    started,
   )
-  rollouts, scalars = score(groups, scorers, on_progress)
-  state = state._replace(cursor=np.int32(positions.stop))
-  return rollouts, state, summary(rollouts, config.group_size) | scalars
+
+  def of(groups: Sequence[Asked]) -> list[Rollout]:
+    return [rewarded[g.position, i] for g in groups for i in range(samples)]
+
+  rollouts = of(chosen)
+  stale = [np.less(r.versions, step) for r in rollouts]
+  scalars |= summary(of(whole()), samples) | {
+    'rollout/carried': carried,
+    'rollout/stale_share': float(np.mean(np.concatenate(stale or [[0]]))),
+    'groups/asked': len(asked),
+    'groups/dropped': len(whole()) - len(chosen),
+  }
+  keeps = c.oversample > 1
+  state = state._replace(
+    cursor=np.int32(cursor), carried=tuple(map(as_json, left if keeps else ()))
+  )
+  return rollouts, state, scalars
 
 
-def sample_keys(
-  key: jax.Array, positions: Sequence[int], samples: int
-) -> jax.Array:
-  """[P, G] keys: of each prompt by its position, of each sample by its number.
+def _keys(seed: int, group: Asked, samples: int) -> jax.Array:
+  """[1, G] keys: of the step in which a prompt was asked first."""
+  key = prng.key(seed, Stream.SAMPLE, group.step)
+  return prng.sample_keys(key, [group.position], samples)
 
-  So a completion does not depend on what is sampled beside it.
-  """
-  fold = jax.random.fold_in
-  of_prompt = jax.vmap(fold, (None, 0))(key, np.array(positions, np.uint32))
-  of_sample = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))
-  return of_sample(of_prompt, np.arange(samples, dtype=np.uint32))
+
+def _differ(
+  group: Asked, scores: Mapping[tuple[int, int], Future], samples: int
+) -> bool:
+  """Whether the rewards of a group do; waits for them."""
+  rewards = {
+    scores[group.position, sample].result().reward for sample in range(samples)
+  }
+  return len(rewards - {None}) > 1
 
 
 def score(
-  groups: Iterator[list[Rollout]],
-  scorers: Scorers,
-  on_progress: Callable[[int], None] = lambda tokens: None,
+  segments: Iterator[Segment], scorers: Scorers
 ) -> tuple[list[Rollout], dict[str, float]]:
-  """Rewards completions while the next ones are being decoded.
+  """Rewards completions while others are being decoded.
 
   Returns:
-    The rollouts in order, and `reward/…`, `time/…`, `rollout/…` scalars.
+    The rollouts in the order of their numbers, and `reward/…`, `time/…`,
+    `rollout/…` scalars.
   """
-  rollouts, futures = [], []
-  start = time.perf_counter()
-  for done in groups:
-    rollouts += done
-    futures += [scorers.submit(r.prompt, r.completion) for r in done]
-    on_progress(sum(r.completion.length for r in done))
+  started = time.perf_counter()
+  rollouts, scores = {}, {}
+  for segment in segments:
+    for number, r in segment.finished.items():
+      rollouts[number] = r
+      scores[number] = scorers.submit(r.prompt, r.completion)
+  rewarded, scalars = _rewarded(rollouts, scores, scorers, started)
+  return [rewarded[number] for number in sorted(rewarded)], scalars
+
+
+def _rewarded(
+  rollouts: Mapping[Any, Rollout],
+  scores: Mapping[Any, Future],
+  scorers: Scorers,
+  started: float,
+) -> tuple[dict[Any, Rollout], dict[str, float]]:
+  """Waits for rewards; `time/hidden_share` of them were there already."""
   sampled = time.perf_counter()
-  rewards, failures = scorers.gather(futures)
+  hidden = np.mean([score.done() for score in scores.values()])
+  rewards, failures = scorers.gather([scores[place] for place in rollouts])
   scored = time.perf_counter()
-  rollouts = [
-    dataclasses.replace(rollout, reward=reward)
-    for rollout, reward in zip(rollouts, rewards, strict=True)
-  ]
-  tokens = sum(r.completion.length for r in rollouts)
-  return rollouts, failures | {
-    'time/rollout_s': sampled - start,
+  rewarded = {
+    place: dataclasses.replace(r, reward=None if r.failed else reward)
+    for (place, r), reward in zip(rollouts.items(), rewards, strict=True)
+  }
+  tokens = sum(r.completion.length for r in rewarded.values())
+  return rewarded, failures | {
+    'time/rollout_s': sampled - started,
     'time/score_s': scored - sampled,
-    'rollout/tokens_per_s': tokens / (sampled - start),
+    'time/hidden_share': float(hidden),
+    'rollout/tokens_per_s': tokens / (sampled - started),
+    'rollout/failed': sum(r.failed for r in rewarded.values()),
   }
 
 
@@ -206,19 +222,25 @@ def outcomes(rollouts: Sequence[Rollout], samples: int):
 
 
 def tokens(
-  rollouts: Sequence[Rollout], advantages: np.ndarray, row_tokens: int
+  rollouts: Sequence[Rollout],
+  advantages: np.ndarray,
+  row_tokens: int,
+  rows: int | None = None,
+  step: int | None = None,
 ) -> Tokens:
   """The batch as padded rows, host arrays.
 
   Args:
-    rollouts: B completions, grouped by prompt.
+    rollouts: completions, grouped by prompt.
     advantages: [P, G].
     row_tokens: T; no prompt + completion is longer.
+    rows: B; what the rollouts do not fill has no mask. Their number if None.
+    step: tokens drawn before it are not fresh; all are if None.
   """
-  shape = (len(rollouts), row_tokens)
+  shape = (rows or len(rollouts), row_tokens)
   ids = np.zeros(shape, np.int32)
-  lengths = np.zeros(len(rollouts), np.int32)
-  mask = np.zeros(shape, bool)
+  lengths = np.zeros(shape[0], np.int32)
+  mask, fresh = np.zeros((2, *shape), bool)
   advantage, logprob, sampled_logprob, entropy = np.zeros(
     (4, *shape), np.float32
   )
@@ -229,11 +251,13 @@ def tokens(
     stop = start + len(rollout.ids)
     ids[row, :start], ids[row, start:stop] = rollout.prompt_ids, rollout.ids
     lengths[row] = stop
-    mask[row, start:stop] = True
+    mask[row, start:stop] = not rollout.failed
     advantage[row, start:stop] = value
     logprob[row, start:stop] = rollout.logprob
     sampled_logprob[row, start:stop] = rollout.sampled_logprob
     entropy[row, start:stop] = rollout.entropy
+    if step is not None:
+      fresh[row, start:stop] = rollout.versions == step
   fields: dict[str, Any] = {
     'mask': mask,
     'advantage': advantage,
@@ -243,6 +267,7 @@ def tokens(
     'old_entropy': entropy,
     'ids': ids,
     'lengths': lengths,
+    'fresh': None if step is None else fresh,
   }
   return Tokens(**fields)
 

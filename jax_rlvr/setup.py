@@ -27,12 +27,14 @@ from jax_rlvr import (
   sft,
 )
 from jax_rlvr import mesh as layouts
+from jax_rlvr.actor import Actor
 from jax_rlvr.checkpoint import Checkpoints
 from jax_rlvr.config import Config, ConfigError, WarmUp
 from jax_rlvr.policy import attention
 from jax_rlvr.policy_gradient import token_gradients
 from jax_rlvr.prng import Stream
 from jax_rlvr.records import Prompt, TokenStats, TrainState
+from jax_rlvr.sampling import stops
 from jax_rlvr.update import make_update
 
 
@@ -50,7 +52,7 @@ class Setup(NamedTuple):
   """
 
   config: Config
-  actor: rollout.Actor
+  actor: Actor
   backend: attention.Backend
   prompts: list[Prompt]
   pretrained: policy.Pretrained | None
@@ -99,10 +101,18 @@ def prepare(spec: str, workdir: pathlib.Path, console: Console) -> Setup:
   ]
   mesh = layouts.make(slices=c.slices, fsdp=c.fsdp, tensor=c.tensor)
   dtype = layouts.compute_dtype(c.compute_dtype, mesh)
-  actor = rollout.Actor(
-    policy=shape, tokenizer=tokenizer, mesh=mesh, slots=c.slots, dtype=dtype
+  backend = attention.choose(c.attention, shape, dtype, mesh)
+  actor = Actor(
+    policy=shape,
+    tokenizer=tokenizer,
+    mesh=mesh,
+    slots=c.slots,
+    dtype=dtype,
+    backend=backend,
   )
-  backend = attention.choose(c.attention, shape, dtype, actor.mesh)
+  stops(tokenizer, c.stop)
+  engine = actor.engine(c.max_prompt_tokens, c.max_completion_tokens)
+  engine.check()
   checkpoint.write_manifest(workdir, recipe, shape, tokenizer)
   return Setup(c, actor, backend, prompts, pretrained, workdir, console)
 
@@ -225,6 +235,7 @@ def update_of(setup: Setup):
     share_prompts=setup.backend.shares_prompts,
     backend=setup.backend,
     place=functools.partial(layouts.place_rows, mesh),
+    on_policy=c.oversample == 1,
   )
 
 
@@ -233,6 +244,8 @@ def resolved(setup: Setup) -> rich.table.Table:
   c, shape = setup.config, setup.actor.policy
   count = sum(x.size for x in jax.tree.leaves(policy.abstract_params(shape)))
   table = rich.table.Table('setting', 'value', title='resolved')
+  engine = setup.actor.engine(c.max_prompt_tokens, c.max_completion_tokens)
+  slots = [size * engine.shards for size in engine.sizes]
   for name, value in {
     'parameters': f'{count:,}',
     'tasks': ', '.join(task.name for task in c.tasks),
@@ -244,6 +257,10 @@ def resolved(setup: Setup) -> rich.table.Table:
     'microbatch tokens': c.microbatch_tokens,
     'max prompt tokens': c.max_prompt_tokens,
     'max completion tokens': c.max_completion_tokens,
+    'decoding programs': (
+      f'{", ".join(map(str, slots))} slots × '
+      f'{", ".join(map(str, engine.windows))} columns'
+    ),
     'attention': setup.backend.name,
     'compute type': setup.actor.dtype.name,
     'temperature': c.temperature,

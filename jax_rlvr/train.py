@@ -10,6 +10,7 @@ configuration or input; 75 stopped by a signal and saved, run again.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 import signal
@@ -23,10 +24,12 @@ import numpy as np
 from rich.console import Console
 
 from jax_rlvr import evaluate, metrics, prng, rollout
+from jax_rlvr.actor import Interrupted
 from jax_rlvr.checkpoint import Checkpoints
 from jax_rlvr.config import ConfigError
 from jax_rlvr.prng import Stream
 from jax_rlvr.records import Rollout, TrainState
+from jax_rlvr.sampling import Progress
 from jax_rlvr.scoring import Scorers
 from jax_rlvr.setup import Setup, prepare, resolved, start, update_of
 
@@ -34,7 +37,11 @@ from jax_rlvr.setup import Setup, prepare, resolved, start, update_of
 def train(
   setup: Setup, state: TrainState, scorers: Scorers, checkpoints: Checkpoints
 ) -> TrainState:
-  """Runs the steps that the state has not seen, or until a signal."""
+  """Runs the steps that the state has not seen.
+
+  Raises:
+    Interrupted: by a signal; the state is saved.
+  """
   c, actor, workdir = setup.config, setup.actor, setup.workdir
   update = update_of(setup)
   stream = (
@@ -44,42 +51,68 @@ def train(
   begun = bool(checkpoints.steps())
   rows = metrics.Rows(workdir / 'metrics.jsonl', keep_to=first)
   scores = metrics.Rows(workdir / 'eval.jsonl', keep_to=first if begun else -1)
-  stop = _Stop()
   if not begun:
-    _evaluate(setup, state, scorers, scores)
     checkpoints.save(state)
-  with metrics.progress(setup.console) as progress:
-    bar = progress.add_task('train', total=c.steps, completed=first, note='')
-    for step in range(first, c.steps):
-      key = prng.key(c.seed, Stream.STEP, step)
-      rollouts, state, measured = rollout.collect(
-        state, stream, actor, scorers, c
-      )
-      advantages = c.advantage(*rollout.outcomes(rollouts, c.group_size))
-      tokens = rollout.tokens(rollouts, advantages, c.sequence_tokens)
-      started = time.perf_counter()
-      state, inner = update(state, tokens, key)
-      measured |= metrics.reduce(jax.device_get(inner))
-      measured['time/update_s'] = time.perf_counter() - started
-      state = state._replace(step=np.int32(step + 1))
+  with metrics.progress(setup.console) as bars, _Stop() as stop:
+    bar = bars.add_task('train', total=c.steps, completed=first, note='')
+    watch = functools.partial(_watch, bars, bars.add_task('', note=''), stop)
+    try:
+      for step in range(first, c.steps + 1):
+        due = step in (0, c.steps) or step % c.eval_every == 0
+        if due and step not in scores.steps:
+          _evaluate(setup, state, scorers, scores, watch)
+        if step == c.steps:
+          break
+        key = prng.key(c.seed, Stream.STEP, step)
+        rollouts, state, measured = rollout.collect(
+          state, stream, actor, scorers, c, watch
+        )
+        outcomes = rollout.outcomes(rollouts, c.group_size)
+        advantages = c.advantage(*outcomes) if rollouts else np.zeros(0)
+        tokens = rollout.tokens(
+          rollouts,
+          advantages,
+          c.sequence_tokens,
+          rows=c.prompts_per_step * c.group_size,
+          step=step if c.oversample > 1 else None,
+        )
+        started = time.perf_counter()
+        state, inner = update(state, tokens, key)
+        measured |= metrics.reduce(jax.device_get(inner))
+        measured['time/update_s'] = time.perf_counter() - started
+        state = state._replace(step=np.int32(step + 1))
 
-      rows.write({'step': step + 1} | measured)
-      _write_rollouts(workdir, step + 1, rollouts)
-      progress.update(bar, advance=1, note=_note(measured))
-      if (step + 1) % max(1, c.steps // 10) == 0:
-        progress.console.print(f'step {step + 1:>5}  {_note(measured)}')
-      last = step + 1 == c.steps
-      if last or (step + 1) % c.eval_every == 0:
-        _evaluate(setup, state, scorers, scores)
-      if last or stop.asked or (step + 1) % c.checkpoint_every == 0:
+        rows.write({'step': step + 1} | measured)
+        _write_rollouts(workdir, step + 1, rollouts)
+        bars.update(bar, advance=1, note=_note(measured))
+        if (step + 1) % max(1, c.steps // 10) == 0:
+          bars.console.print(f'step {step + 1:>5}  {_note(measured)}')
+        if step + 1 == c.steps or (step + 1) % c.checkpoint_every == 0:
+          checkpoints.save(state)
+    except Interrupted:
+      checkpoints.wait()
+      if int(state.step) not in checkpoints.steps():
         checkpoints.save(state)
-      if stop.asked:
-        break
-  checkpoints.wait()
+      raise Interrupted(f'step {int(state.step)}') from None
+    finally:
+      checkpoints.wait()
   return state
 
 
-def _evaluate(setup, state, scorers, scores) -> None:
+def _watch(bars, bar, stop: _Stop, progress: Progress) -> None:
+  """Between two segments of sampling: shows where it is, or ends it."""
+  if stop.asked:
+    raise Interrupted
+  bars.update(
+    bar,
+    description='rollout',
+    total=progress.total,
+    completed=progress.done,
+    note=progress.note,
+  )
+
+
+def _evaluate(setup, state, scorers, scores, watch) -> None:
   c = setup.config
   started = time.perf_counter()
   measured, rollouts = evaluate.run(
@@ -92,6 +125,10 @@ def _evaluate(setup, state, scorers, scores) -> None:
     samples=c.eval_samples,
     temperature=c.eval_temperature,
     max_completion_tokens=c.max_completion_tokens,
+    max_prompt_tokens=c.max_prompt_tokens,
+    transform=c.eval_transform,
+    stop=c.stop,
+    on_progress=watch,
   )
   measured['time/eval_s'] = time.perf_counter() - started
   scores.write({'step': int(state.step)} | measured)
@@ -135,10 +172,17 @@ def _write_rollouts(
 class _Stop:
   """Turns SIGTERM and Ctrl-C into a request to save and leave."""
 
-  def __init__(self):
+  def __enter__(self) -> _Stop:
     self.asked = False
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, self._ask)
+    self._before = {
+      number: signal.signal(number, self._ask)
+      for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    return self
+
+  def __exit__(self, *_) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
 
   def _ask(self, number, frame):
     del number, frame
@@ -174,11 +218,11 @@ def main(argv: Sequence[str] | None = None) -> int:
       scorers,
       Checkpoints(workdir / 'checkpoints', c.keep_checkpoints) as checkpoints,
     ):
-      state = train(setup, start(setup, checkpoints), scorers, checkpoints)
+      train(setup, start(setup, checkpoints), scorers, checkpoints)
   except ConfigError as error:
     return _refused(error)
-  if int(state.step) < c.steps:
-    console.print(f'stopped and saved at step {state.step}; run again to go on')
+  except Interrupted as stopped:
+    console.print(f'stopped and saved at {stopped}; run again to go on')
     return 75
   console.print(
     f'next: python -m jax_rlvr.evaluate --workdir {workdir} --samples 8',

@@ -44,6 +44,7 @@ def make_update(
   share_prompts: bool = True,
   backend: attention.Backend = attention.XLA,
   place: Callable[[Any], Any] = jax.device_put,
+  on_policy: bool = True,
 ) -> Callable[[TrainState, Tokens, jax.Array], tuple[TrainState, Measured]]:
   """Builds `update(state, tokens, key) -> (state, measured)`.
 
@@ -68,6 +69,8 @@ def make_update(
     share_prompts: completions of a prompt share its tokens in a row.
     backend: of attention.
     place: puts host rows on the devices.
+    on_policy: all tokens were drawn with the weights that the first inner step
+      begins with, so that it takes the sampler's own numbers.
 
   Raises:
     ValueError: prompts are to be shared, and the backend cannot.
@@ -79,14 +82,16 @@ def make_update(
   inner_step = make_inner_step(
     policy, filters, optimizer, microbatch_rows=microbatch_rows,
     temperature=temperature, remat=remat, dtype=dtype, extras=extras,
-    shards=shards, backend=backend,
+    shards=shards, backend=backend, on_policy=on_policy,
   )  # fmt: skip
 
   def update(
     state: TrainState, tokens: Tokens, key: jax.Array
   ) -> tuple[TrainState, Measured]:
     sequences = tokens.mask.shape[0] // inner_steps
-    _, _, params, opt_state, filter_state = state
+    params, opt_state, filter_state = (
+      state.params, state.optimizer, state.filters,
+    )  # fmt: skip
     measured: Measured = []
     for i in range(inner_steps):
       inner = slice(i * sequences, (i + 1) * sequences)
@@ -117,13 +122,14 @@ def make_inner_step(
   extras: Sequence[str] = (),
   shards: int = 1,
   backend: attention.Backend = attention.XLA,
+  on_policy: bool = True,
 ):
   """Builds the jitted inner step of `make_update`, where args are described.
 
-  `inner_step(params, opt_state, filter_state, tokens, rows, key, on_policy) ->
+  `inner_step(params, opt_state, filter_state, tokens, rows, key, first) ->
   (params, opt_state, filter_state, scalars)` takes an inner batch both as
-  Tokens and packed. Params and optimizer state are donated; `on_policy` is
-  static.
+  Tokens and packed. Params and optimizer state are donated; `first`, whether
+  the weights are those that sampled, is static.
   """
   stats_of = functools.partial(
     token_stats,
@@ -134,12 +140,11 @@ def make_inner_step(
   )
 
   @functools.partial(jax.jit, donate_argnums=(0, 1), static_argnums=(6,))
-  def inner_step(
-    params, opt_state, filter_state, tokens, packed, key, on_policy
-  ):
+  def inner_step(params, opt_state, filter_state, tokens, packed, key, first):
     return _inner_step(
       stats_of, filters, optimizer, microbatch_rows, dtype, tuple(extras),
-      shards, params, opt_state, filter_state, tokens, packed, key, on_policy,
+      shards, params, opt_state, filter_state, tokens, packed, key, first,
+      first and on_policy,
     )  # fmt: skip
 
   return inner_step
@@ -147,10 +152,13 @@ def make_inner_step(
 
 def _inner_step(
   stats_of, filters, optimizer, microbatch_rows, dtype, extras, shards,
-  params, opt_state, filter_state, tokens, packed, key, on_policy,
+  params, opt_state, filter_state, tokens, packed, key, first, on_policy,
 ):  # fmt: skip
   shape = tokens.mask.shape
   sampled = TokenStats(tokens.old_logprob, tokens.old_entropy)
+  sampler = tokens.old_logprob
+  if tokens.fresh is not None:
+    sampler = jnp.where(tokens.fresh, sampler, jnp.nan)
   # Once, whatever the number of microbatches.
   weights = cast(params, dtype)
   if packed.ids.shape[0] <= max(microbatch_rows, shards):
@@ -160,7 +168,13 @@ def _inner_step(
       stats = _unpacked(stats_of(weights, packed, extras=extras), packed, shape)
       return _with_gradient(stats), stats
 
-    _, pullback, stats = jax.vjp(apart, weights, has_aux=True)
+    _, of_all, stats = jax.vjp(apart, weights, has_aux=True)
+    gap = evidence.gap(stats.logprob, sampler, tokens.mask)
+
+    def pullback(token_grads):
+      (grads,) = of_all(token_grads)
+      return grads, gap
+
   else:
     stats = sampled
     if extras or not on_policy:
@@ -170,7 +184,7 @@ def _inner_step(
       )  # fmt: skip
     pullback = functools.partial(
       _pull_by_microbatch, stats_of, weights, packed, microbatch_rows,
-      shards=shards,
+      sampler=sampler, shards=shards,
     )  # fmt: skip
   if on_policy:
     # While the weights are those that sampled, the sampler's own numbers
@@ -179,7 +193,7 @@ def _inner_step(
   token_grads, next_filter_state = token_gradients(
     filters, stats, tokens, key=key, state=filter_state
   )
-  (grads,) = pullback(_with_gradient(token_grads))
+  grads, gap = pullback(_with_gradient(token_grads))
   grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
   grad_norm = optax.tree.norm(grads)
   good = jnp.any(_touched(token_grads)) & jnp.isfinite(grad_norm)
@@ -194,6 +208,8 @@ def _inner_step(
     **evidence.summary(stats, tokens),
     **_reports(next_filter_state),
   }
+  if first:
+    measured |= evidence.mismatch(gap)
   # Not a select, which would need old and new at one time.
   state = jax.lax.cond(
     good, step, lambda *state: state, params, opt_state, filter_state
@@ -223,12 +239,11 @@ def _unpacked(stats: TokenStats, packed: Rows, shape) -> TokenStats:
   return jax.tree.map(unpack, stats)
 
 
-def _packed(token_grads: TokenStats, packed: Rows) -> TokenStats:
+def _packed(numbers, packed: Rows):
   """[B, T] → […, W], 0 where nothing is scored."""
   index = jnp.maximum(packed.place, 0)
   return jax.tree.map(
-    lambda x: jnp.where(packed.place < 0, 0.0, x.reshape(-1)[index]),
-    token_grads,
+    lambda x: jnp.where(packed.place < 0, 0.0, x.reshape(-1)[index]), numbers
   )
 
 
@@ -252,25 +267,33 @@ def _stats_by_microbatch(
 
 
 def _pull_by_microbatch(
-  stats_of, params, packed, microbatch_rows, token_grads, shards=1
-) -> tuple[Any]:
-  """Weight gradients of the rows that have token gradients, in float32."""
+  stats_of, params, packed, microbatch_rows, token_grads, sampler, shards=1
+) -> tuple[Any, evidence.Gap]:
+  """Weight gradients of the rows that have token gradients, in float32.
+
+  And how far these rows' log-probabilities are from the sampler's.
+  """
   packed = _by_shard(packed, shards)
-  cotangents = _packed(token_grads, packed)
+  cotangents, sampler = _packed((token_grads, sampler), packed)
   # What has no gradient need not be scored either.
   touched = _touched(cotangents)
   packed = packed._replace(place=jnp.where(touched, packed.place, -1))
   trips, chosen = _microbatches(touched, microbatch_rows)
 
-  def body(i, total):
+  def body(i, carry):
+    total, gap = carry
     index = chosen(i)
     rows = _rows(packed, index)
-    _, pullback = jax.vjp(lambda p: stats_of(p, rows), params)
+    stats, pullback = jax.vjp(lambda p: stats_of(p, rows), params)
     (grads,) = pullback(_take(cotangents, index))
-    return jax.tree.map(lambda a, g: a + g.astype(a.dtype), total, grads)
+    total = jax.tree.map(lambda a, g: a + g.astype(a.dtype), total, grads)
+    more = evidence.gap(stats.logprob, _take(sampler, index), rows.place >= 0)
+    return total, evidence.joined(gap, more)
 
   zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-  return (jax.lax.fori_loop(0, trips, body, zeros),)
+  zero = jnp.float32(0)
+  nothing = evidence.Gap(zero, zero, zero, jnp.int32(0))
+  return jax.lax.fori_loop(0, trips, body, (zeros, nothing))
 
 
 # Rows as each device holds them: [R, …] seen as [shards, n, …]. A microbatch

@@ -21,6 +21,7 @@ def made(text, reward, entropy=0.0, length=1) -> Rollout:
     logprob=NONE,
     sampled_logprob=NONE,
     entropy=NONE + entropy,
+    versions=NONE,
     completion=Completion(text=text, length=length),
     reward=reward,
   )

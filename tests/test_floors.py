@@ -17,7 +17,7 @@ FLOORS = {
   ),
   2: 'filters tasks policy checkpoint',
   3: 'token_stats sampling packing scoring reward_process',
-  4: 'sft rollout update loaded',
+  4: 'sft actor carried rollout update loaded',
   5: 'evaluate setup export',
   6: 'train',
 }
@@ -25,6 +25,8 @@ FLOOR = {room: n for n, rooms in FLOORS.items() for room in rooms.split()}
 MACHINERY = {
   'train',
   'update',
+  'actor',
+  'carried',
   'rollout',
   'token_stats',
   'sampling',
@@ -90,7 +92,7 @@ def test_machinery_imports_no_method(file):
 
 def test_the_reader_of_imports_sees_a_method():
   assert 'evidence' in imports(PACKAGE / 'filters' / 'ratio.py')
-  assert 'sampling' in imports(PACKAGE / 'rollout.py')
+  assert 'sampling' in imports(PACKAGE / 'actor.py')
 
 
 @pytest.mark.parametrize('module', ['jax_rlvr', 'jax_rlvr.tasks'])

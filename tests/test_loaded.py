@@ -1,12 +1,14 @@
 """Policies in research code: from folders, files and runs."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jax_rlvr
-from jax_rlvr import policy
+from jax_rlvr import policy, sampling
 from tests import runs
 from tests.runs import POLICY as CONFIG
 
@@ -74,13 +76,99 @@ def test_run_gives_its_latest_checkpoint_or_the_one_asked_for(run):
   assert loaded.tokenizer.vocab_size == 14
 
 
+def test_generate_gives_what_training_would_see(run):
+  loaded = jax_rlvr.load_policy(run)
+  texts = ['12+3=', '4+5=', '7']
+  made = loaded.generate(texts, samples=4, max_new_tokens=9, temperature=0.7)
+  assert [len(group) for group in made] == [4, 4, 4]
+  for text, group in zip(texts, made, strict=True):
+    prompt = loaded.tokenizer.encode(text)
+    for c in group:
+      tokens = np.array([[*prompt, *c.ids]])
+      stats = loaded.token_stats(tokens, temperature=0.7)
+      for mine, theirs in (
+        (c.logprobs, stats.logprob),
+        (c.sampled_logprobs, stats.logprob),
+        (c.entropies, stats.entropy),
+      ):
+        own = np.asarray(theirs)[0, len(prompt) :]
+        np.testing.assert_allclose(mine, own, atol=1e-4)
+      ended = c.ids[-1] in loaded.tokenizer.end_ids
+      assert c.truncated == (not ended) and len(c.ids) <= 9
+      kept = c.ids[:-1] if ended else c.ids
+      assert c.text == loaded.tokenizer.decode(kept.tolist())
+  # Neither what stands beside it nor the slots make a completion.
+  other = loaded.generate(
+    texts, samples=2, max_new_tokens=9, temperature=0.7, slots=1
+  )
+  for a, b in zip(made, other, strict=True):
+    assert [c.text for c in a[:2]] == [c.text for c in b]
+  again = loaded.generate(texts, samples=4, max_new_tokens=9, seed=1)
+  assert [c.text for g in again for c in g] != [c.text for g in made for c in g]
+
+
 def test_generate_at_temperature_zero_follows_the_logits(run):
   loaded = jax_rlvr.load_policy(run)
   made = loaded.generate(
-    TOKENS[:, :4], key=jax.random.key(0), max_tokens=3, temperature=0
+    TOKENS[:, :4].tolist(), max_new_tokens=3, temperature=0, end_ids=()
   )
   first = np.argmax(loaded.logits(TOKENS[:, :4])[:, -1], axis=-1)
-  np.testing.assert_array_equal(made.tokens.ids[:, 0, 0], first)
+  assert [group[0].ids[0] for group in made] == first.tolist()
+
+
+def test_generate_streams_and_shows_a_bar(run, capsys):
+  loaded = jax_rlvr.load_policy(run)
+  heard = {}
+
+  def stream(prompt, sample, text):
+    heard.setdefault((prompt, sample), []).append(text)
+
+  made = loaded.generate(
+    ['1+2=', '3'], 2, max_new_tokens=80, end_ids=(), stream=stream,
+    progress=True,
+  )  # fmt: skip
+  for (prompt, sample), texts in heard.items():
+    assert texts[-1] == made[prompt][sample].text
+    # A segment is 32 tokens.
+    assert len(texts) == 3
+    assert all(b.startswith(a) for a, b in itertools.pairwise(texts))
+  assert len(heard) == 4
+  assert 'tokens/s' in capsys.readouterr().err
+
+
+def test_generate_stops_at_texts_and_transforms(run):
+  loaded = jax_rlvr.load_policy(run)
+
+  def generate(stop=()):
+    (made,) = loaded.generate(
+      ['1+2='],
+      8,
+      max_new_tokens=40,
+      stop=stop,
+      transform=sampling.top_k(3),
+      end_ids=(),
+    )
+    return made
+
+  whole = generate()
+  text = next(x for x in whole[0].text if x.isdigit())
+  made = generate(stop=(text,))
+  for a, b in zip(made, whole, strict=True):
+    assert a.text == b.text.partition(text)[0]
+    assert a.truncated == (text not in b.text)
+  for c in made:
+    assert (c.sampled_logprobs > c.logprobs).all()
+
+
+def test_generate_without_a_tokenizer_takes_ids(folder):
+  loaded = jax_rlvr.load_policy(folder)
+  ((c,),) = loaded.generate([[3, 4]], max_new_tokens=5, end_ids=())
+  assert len(c.ids) == 5 and c.text == ''
+  with pytest.raises(ValueError, match='has no tokenizer files'):
+    loaded.generate(['3'], max_new_tokens=5)
+  with pytest.raises(ValueError, match='prompt 0 is empty'):
+    loaded.generate([[]], max_new_tokens=5, end_ids=())
+  assert loaded.generate([], max_new_tokens=5) == []
 
 
 def test_what_is_missing_is_named(folder, run, tmp_path):

@@ -35,3 +35,14 @@ def test_streams_keep_their_numbers():
     ('WARM_UP', 4),
     ('EVALUATE', 5),
   ]
+
+
+def test_sample_keys_depend_on_position_and_sample_only():
+  def data(positions, samples, seed=0):
+    keys = prng.sample_keys(jax.random.key(seed), positions, samples)
+    return np.asarray(jax.random.key_data(keys))
+
+  keys = data([3, 5, 2**31], 4)
+  np.testing.assert_array_equal(keys[1:2, :2], data([5], 2))
+  assert len({tuple(k) for k in keys.reshape(12, -1)}) == 12
+  assert (keys != data([3, 5, 2**31], 4, seed=1)).any()

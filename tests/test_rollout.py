@@ -1,14 +1,22 @@
 """From prompts to evidence."""
 
+import concurrent.futures
 import dataclasses
 
 import jax
 import numpy as np
+import optax
 import pytest
 
+from jax_rlvr import config, policy, prng, rollout
 from jax_rlvr import mesh as layouts
-from jax_rlvr import policy, rollout
-from jax_rlvr.records import Completion, Prompt, Rollout, user
+from jax_rlvr.actor import Actor
+from jax_rlvr.advantages import group_mean
+from jax_rlvr.checkpoint import Checkpoints, abstract_like
+from jax_rlvr.records import Completion, Prompt, Rollout, TrainState, user
+from jax_rlvr.sampling import stops
+from jax_rlvr.scoring import Score
+from jax_rlvr.tasks import Addition
 from jax_rlvr.tokenizer import train_characters
 
 TOKENIZER = train_characters('0123456789+=')
@@ -27,72 +35,235 @@ PROMPTS = [
 ]
 
 
-def complete(slots, prompts=PROMPTS, samples=2, first=0):
-  actor = rollout.Actor(
-    policy=POLICY, tokenizer=TOKENIZER, mesh=layouts.make(), slots=slots
-  )
-  params = policy.init(POLICY, jax.random.key(0))
+ACTOR = Actor(policy=POLICY, tokenizer=TOKENIZER, mesh=layouts.make(), slots=16)
+PARAMS = policy.init(POLICY, jax.random.key(0))
+
+
+def complete(prompts=PROMPTS, samples=2, first=0, **rest):
   positions = range(first, first + len(prompts))
-  keys = rollout.sample_keys(jax.random.key(1), positions, samples)
-  return list(
-    actor.complete(
-      params, prompts, keys, temperature=1.0, max_completion_tokens=6
-    )
-  )
+  keys = prng.sample_keys(jax.random.key(1), positions, samples)
+  found = {}
+  for segment in ACTOR.complete(
+    PARAMS, prompts, keys, temperature=1.0, max_completion_tokens=6, **rest
+  ):
+    found |= segment.finished
+  return [found[number] for number in range(len(prompts) * samples)]
 
 
 @pytest.fixture(scope='module')
-def slabs():
-  # 16 slots of 2 samples: slabs of 8 prompts, the last one short.
-  return complete(slots=16)
+def rollouts():
+  return complete()
 
 
-def test_groups_come_whole_and_in_order(slabs):
-  assert [len(slab) for slab in slabs] == [16, 16, 8]
-  rollouts = sum(slabs, [])
-  assert [r.prompt.id for r in rollouts] == [
-    str(i) for i in range(20) for _ in range(2)
-  ]
-
-
-def test_rollout_holds_what_was_sampled(slabs):
-  rollouts = sum(slabs, [])
-  for r in rollouts:
+def test_rollout_holds_what_was_sampled(rollouts):
+  for number, r in enumerate(rollouts):
+    assert r.prompt == PROMPTS[number // 2]
     assert r.prompt_ids.tolist() == TOKENIZER.encode(r.prompt.text)
     size = len(r.ids)
     assert 1 <= size <= 6 and r.completion.length == size
     for x in (r.logprob, r.sampled_logprob, r.entropy):
       assert x.shape == (size,) and x.dtype == np.float32
     assert (r.logprob < 0).all() and (r.entropy > 0).all()
+    assert r.versions.tolist() == [0] * size
     ended = r.ids[-1] in TOKENIZER.end_ids
     assert r.completion.truncated == (not ended)
     kept = r.ids[:-1] if ended else r.ids
     assert r.completion.text == TOKENIZER.decode(kept)
-    assert r.reward is None
+    assert r.reward is None and r.finished and not r.failed
   assert {r.completion.truncated for r in rollouts} == {True, False}
 
 
-def test_slabs_of_another_size_give_the_same_completions(slabs):
-  # One slab of 24 with 4 repeats; and positions 16 … 19 on their own.
-  (whole,) = complete(slots=1000)
-  (tail,) = complete(slots=16, prompts=PROMPTS[16:], first=16)
-  for a, b in [(sum(slabs, []), whole), (slabs[-1], tail)]:
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-      assert x.prompt == y.prompt
+def test_completions_depend_on_their_position(rollouts):
+  tail = complete(prompts=PROMPTS[16:], first=16)
+  for x, y in zip(tail, rollouts[32:], strict=True):
+    np.testing.assert_array_equal(x.ids, y.ids)
+    np.testing.assert_allclose(x.logprob, y.logprob, atol=1e-5)
+
+
+def test_begun_completions_go_on_under_a_new_version(rollouts):
+  long = [n for n, r in enumerate(rollouts) if len(r.ids) > 3]
+  begun = {
+    n: dataclasses.replace(
+      rollouts[n],
+      finished=False,
+      **{
+        name: getattr(rollouts[n], name)[:2]
+        for name in (
+          'ids', 'logprob', 'sampled_logprob', 'entropy', 'versions'
+        )
+      },
+    )
+    for n in long[:3]
+  }  # fmt: skip
+  again = complete(begun=begun, version=5)
+  for n, (x, y) in enumerate(zip(again, rollouts, strict=True)):
+    np.testing.assert_array_equal(x.ids, y.ids)
+    old = 2 if n in begun else 0
+    assert x.versions.tolist() == [0] * old + [5] * (len(x.ids) - old)
+
+
+def test_stop_texts_end_completions_and_are_cut(rollouts):
+  stop = ('7', '=2')
+  hit = 0
+  for x, y in zip(complete(stop=stop), rollouts, strict=True):
+    text = y.completion.text
+    first = min((text.find(s) for s in stop if s in text), default=None)
+    if first is None:
       np.testing.assert_array_equal(x.ids, y.ids)
-      np.testing.assert_allclose(x.logprob, y.logprob, atol=1e-5)
+      continue
+    hit += 1
+    assert x.completion.text == text[:first]
+    assert not x.completion.truncated
+    # The token that completes it is the last.
+    size = len(x.ids)
+    np.testing.assert_array_equal(x.ids, y.ids[:size])
+    before, after = (TOKENIZER.decode(y.ids[:n]) for n in (size - 1, size))
+    assert any(s in after for s in stop)
+    assert not any(s in before for s in stop)
+    assert len(x.logprob) == size
+  assert hit > 3
 
 
-def test_sample_keys_depend_on_position_and_sample_only():
-  def data(positions, samples, seed=0):
-    keys = rollout.sample_keys(jax.random.key(seed), positions, samples)
-    return np.asarray(jax.random.key_data(keys))
+@pytest.mark.parametrize('text', ['', 'no', '4 '])
+def test_stop_text_that_cannot_match_is_refused(text):
+  with pytest.raises(ValueError, match='can never match'):
+    stops(TOKENIZER, ('1', text))
 
-  keys = data([3, 5, 2**31], 4)
-  np.testing.assert_array_equal(keys[1:2, :2], data([5], 2))
-  assert len({tuple(k) for k in keys.reshape(12, -1)}) == 12
-  assert (keys != data([3, 5, 2**31], 4, seed=1)).any()
+
+CONFIG = config.Config(
+  policy=POLICY,
+  tokenizer=TOKENIZER,
+  tasks=(Addition(),),
+  advantage=group_mean,
+  filters=optax.identity(),
+  optimizer=optax.identity(),
+  steps=3,
+  prompts_per_step=4,
+  group_size=4,
+  max_prompt_tokens=6,
+  max_completion_tokens=12,
+)
+
+
+class Judge:
+  """Scores at once; what a group earns is its prompt's to say."""
+
+  def __init__(
+    self, reward=lambda prompt, completion: float(completion.length)
+  ):
+    self.reward = reward
+
+  def submit(self, prompt, completion):
+    future = concurrent.futures.Future()
+    future.set_result(Score(self.reward(prompt, completion)))
+    return future
+
+  def gather(self, futures):
+    return [future.result().reward for future in futures], {}
+
+
+def steps(count, judge=None, through=lambda state: state, **knobs):
+  """Rollouts and scalars of some steps, and the last state."""
+  settings = dataclasses.replace(CONFIG, **knobs)
+  actor = dataclasses.replace(ACTOR, slots=knobs.pop('slots', 8))
+  state = TrainState(np.int32(0), np.int32(0), PARAMS, (), ())
+  found = []
+  for step in range(count):
+    state = state._replace(step=np.int32(step))
+    rollouts, state, scalars = rollout.collect(
+      state, STREAM, actor, judge or Judge(), settings
+    )
+    found.append((rollouts, scalars))
+    state = through(state)
+  return found, state
+
+
+STREAM = PROMPTS * 20
+
+
+def same(a, b):
+  assert len(a) == len(b)
+  for x, y in zip(a, b, strict=True):
+    assert x.prompt == y.prompt and x.completion == y.completion
+    for name in ('ids', 'logprob', 'entropy', 'versions'):
+      np.testing.assert_array_equal(getattr(x, name), getattr(y, name))
+
+
+def test_step_takes_its_prompts_in_order():
+  found, state = steps(2)
+  for step, (rollouts, scalars) in enumerate(found):
+    asked = STREAM[step * 4 : step * 4 + 4]
+    assert [r.prompt for r in rollouts[::4]] == asked
+    assert scalars['rollout/stale_share'] == scalars['rollout/carried'] == 0
+    assert [r.reward for r in rollouts] == [len(r.ids) for r in rollouts]
+  assert state.cursor == 8 and not state.carried
+
+
+def test_oversampling_carries_unfinished_groups_over_with_their_version():
+  found, state = steps(3, oversample=1.5)
+  (first, one), (second, two), _ = found
+  # Six groups are begun; four that are whole are enough.
+  assert len(first) == len(second) == 16 and one['groups/asked'] == 6
+  assert one['rollout/stale_share'] == 0 == one['rollout/carried']
+  assert two['rollout/carried'] > 0 and two['rollout/stale_share'] > 0
+  stale = [r for r in second if (r.versions == 0).any()]
+  assert stale and all(sorted(r.versions) == list(r.versions) for r in stale)
+  assert {*np.concatenate([r.versions for r in second])} == {0, 1}
+  # The same weights all along: what was cut is as if it had not been.
+  straight, _ = steps(3, prompts_per_step=12)
+  known = {}
+  for r in straight[0][0]:
+    known.setdefault(r.prompt.id, []).append(r)
+  for start in range(0, 16, 4):
+    group = second[start : start + 4]
+    if any((r.versions == 0).any() for r in group):
+      for x, y in zip(group, known[group[0].prompt.id], strict=True):
+        np.testing.assert_array_equal(x.ids, y.ids)
+        np.testing.assert_allclose(x.logprob, y.logprob, atol=1e-5)
+  assert len(state.carried) == 2
+
+
+def test_what_is_carried_over_survives_a_checkpoint(tmp_path):
+  def through(state):
+    with Checkpoints(tmp_path / str(state.step)) as saved:
+      saved.save(state)
+      saved.wait()
+      return saved.restore(abstract_like(state._replace(carried=())))
+
+  straight, _ = steps(3, oversample=1.5)
+  resumed, _ = steps(3, oversample=1.5, through=through)
+  for (a, _), (b, _) in zip(straight, resumed, strict=True):
+    same(a, b)
+
+
+def test_dynamic_sampling_drops_equal_rewards_and_asks_again():
+  # Groups of even prompts earn the same, whatever they say.
+  def reward(prompt, completion):
+    return float(completion.length) if int(prompt.id) % 2 else 1.0
+
+  found, state = steps(1, Judge(reward), dynamic_sampling=True)
+  ((rollouts, scalars),) = found
+  assert len(rollouts) == 16
+  assert all(int(r.prompt.id) % 2 for r in rollouts)
+  assert scalars['groups/dropped'] >= 4
+  assert state.cursor == scalars['groups/asked'] and not state.carried
+
+
+def test_dynamic_sampling_goes_on_with_what_there_is(caplog):
+  judge = Judge(lambda prompt, completion: 1.0)
+  found, state = steps(1, judge, dynamic_sampling=True, max_asked=2.0)
+  ((rollouts, scalars),) = found
+  assert not rollouts and scalars['groups/asked'] == 8 == state.cursor
+  assert 'goes on with 0 of 4 groups: of 8 prompts' in caplog.text
+  assert scalars['reward/mean'] == 1
+
+
+def test_short_batches_are_filled_with_rows_without_mask():
+  tokens = rollout.tokens(ROLLOUTS, np.ones(4, np.float32), 6, rows=6, step=0)
+  assert tokens.mask.shape == (6, 6) and not tokens.mask[4:].any()
+  assert (tokens.fresh == tokens.mask).all()
+  later = rollout.tokens(ROLLOUTS, np.ones(4, np.float32), 6, step=1)
+  assert not later.fresh.any()
 
 
 def made(prompt_ids, ids, reward, truncated=False):
@@ -104,6 +275,7 @@ def made(prompt_ids, ids, reward, truncated=False):
     logprob=-np.arange(1, size + 1, dtype=np.float32),
     sampled_logprob=-10 * np.arange(1, size + 1, dtype=np.float32),
     entropy=np.arange(size, dtype=np.float32),
+    versions=np.zeros(size, np.int32),
     completion=Completion(text='', length=size, truncated=truncated),
     reward=reward,
   )

@@ -78,7 +78,15 @@ def flat(params):
   )
 
 
-def moved(filters, *, row_tokens=T, microbatch_rows=8, mesh=None, **settings):
+def moved(
+  filters,
+  *,
+  row_tokens=T,
+  microbatch_rows=8,
+  mesh=None,
+  tokens=None,
+  **settings,
+):
   """What two inner steps of rate 1 take from the params, and the scalars."""
   place = jax.device_put
   if mesh is not None:
@@ -96,7 +104,7 @@ def moved(filters, *, row_tokens=T, microbatch_rows=8, mesh=None, **settings):
     **settings,
   )
   state = start(filters, optax.sgd(1.0), mesh)
-  state, measured = run(state, evidence(), jax.random.key(9))
+  state, measured = run(state, tokens or evidence(), jax.random.key(9))
   return flat(PARAMS) - flat(state.params), jax.device_get(measured)
 
 
@@ -175,6 +183,21 @@ def test_first_inner_step_is_exactly_on_policy(plain, whole):
     assert first['ratio/max'] == 1 and first['kl/old'] == 0
     assert second['ratio/max'] > 1.01 and second['kl/old'] > 1e-5
     assert first['update/skipped'] == second['update/skipped'] == 0
+
+
+@pytest.mark.parametrize('microbatch_rows', [8, 1])
+def test_mismatch_is_where_sampler_and_trainer_disagree(microbatch_rows):
+  own = evidence()
+  sampler = own.old_logprob + np.where(own.mask, 0.25, 0.0)
+  tokens = own._replace(old_logprob=sampler.astype(np.float32))
+  _, measured = moved(PPO, microbatch_rows=microbatch_rows, tokens=tokens)
+  first, second = measured
+  assert first['mismatch/mean'] == pytest.approx(0.25, abs=1e-5)
+  assert first['mismatch/max'] == pytest.approx(0.25, abs=1e-4)
+  # Trainer − sampler is −¼: e^−¼ − 1 + ¼.
+  assert first['mismatch/kl'] == pytest.approx(0.028801, abs=1e-5)
+  # The weights have moved since: a difference would be no fault.
+  assert not any(name.startswith('mismatch') for name in second)
 
 
 def test_filters_report_their_shares(plain, whole):
@@ -285,8 +308,8 @@ def test_rows_of_zero_variance_groups_never_reach_the_policy():
 
   def pull(gradient):
     gradient = jnp.array(gradient, jnp.float32)[:, None]
-    (total,) = update._pull_by_microbatch(
-      stats_of, jnp.float32(0), rows, 1, TokenStats(gradient)
+    total, _ = update._pull_by_microbatch(
+      stats_of, jnp.float32(0), rows, 1, TokenStats(gradient), gradient
     )
     return float(total)
 

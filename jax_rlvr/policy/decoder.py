@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
@@ -35,6 +36,17 @@ _ACTIVATIONS = {
   'silu': jax.nn.silu,
   'gelu': functools.partial(jax.nn.gelu, approximate=True),
 }
+
+
+# (activations [..., D], weight, shape F…) → [..., F…].
+Product = Callable[[jax.Array, jax.Array, tuple[int, ...]], jax.Array]
+
+
+def product(
+  x: jax.Array, weight: jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
+  """x [..., D] times weight [D…, F…], where F… is `shape`."""
+  return jnp.tensordot(x, weight.reshape(x.shape[-1], *shape), 1)
 
 
 class Block(nnx.Module):
@@ -75,14 +87,16 @@ class Block(nnx.Module):
       self.attention_post_norm = norm(c.width)
       self.feed_forward_post_norm = norm(c.width)
 
-  def __call__(self, x, rotate, attend: Attend, local):
+  def __call__(
+    self, x, rotate, attend: Attend, local, product: Product = product
+  ):
     """x [..., D] → (x [..., D], whatever `attend` keeps)."""
     c = self.config
     norm = functools.partial(rms_norm, c)
     h = norm(x, self.attention_norm[...])
-    query = jnp.einsum('...d,dnh->...nh', h, self.query[...])
-    key = jnp.einsum('...d,dkh->...kh', h, self.key[...])
-    value = jnp.einsum('...d,dkh->...kh', h, self.value[...])
+    query = product(h, self.query[...], (c.heads, c.head_size))
+    key = product(h, self.key[...], (c.kv_heads, c.head_size))
+    value = product(h, self.value[...], (c.kv_heads, c.head_size))
     if c.qkv_bias:
       query = _shifted(query, self.query_bias[...])
       key = _shifted(key, self.key_bias[...])
@@ -91,11 +105,15 @@ class Block(nnx.Module):
       query = norm(query, self.query_norm[...])
       key = norm(key, self.key_norm[...])
     mixed, kept = attend(rotate(query, local), rotate(key, local), value, local)
-    h = jnp.einsum('...nh,nhd->...d', mixed, self.output[...])
+    mixed = mixed.reshape(*mixed.shape[:-2], -1)
+    h = product(mixed, self.output[...], (c.width,))
     x += norm(h, self.attention_post_norm[...]) if c.post_norms else h
     h = norm(x, self.feed_forward_norm[...])
-    gate = _ACTIVATIONS[c.activation](h @ self.gate[...])
-    h = (gate * (h @ self.up[...])) @ self.down[...]
+    gate = product(h, self.gate[...], (c.feed_forward,))
+    up = product(h, self.up[...], (c.feed_forward,))
+    h = product(
+      _ACTIVATIONS[c.activation](gate) * up, self.down[...], (c.width,)
+    )
     x += norm(h, self.feed_forward_post_norm[...]) if c.post_norms else h
     return x, kept
 

@@ -13,7 +13,8 @@ import argparse
 import json
 import pathlib
 
-from jax_rlvr import checkpoint, evaluate, mesh, policy, prng, rollout
+from jax_rlvr import actor as actors
+from jax_rlvr import checkpoint, evaluate, mesh, policy, prng
 from jax_rlvr.scoring import Scorers
 from jax_rlvr.tasks import Arithmetic, Mawps
 
@@ -33,7 +34,7 @@ def main():
   )
   before = policy.load(policy.smollm2_path())
   assert before.tokenizer is not None
-  actor = rollout.Actor(
+  actor = actors.Actor(
     policy=before.config,
     tokenizer=before.tokenizer,
     mesh=mesh.make(),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_rlvr import mesh as layouts
 from jax_rlvr import policy, sampling
 from jax_rlvr.policy import hugging_face, stored
 from jax_rlvr.policy.architectures import tensor_names
@@ -74,13 +75,13 @@ FAMILIES = {
   'qwen3': ('Qwen3', SHAPE | dict(head_dim=16)),
   'gemma-2': (
     'Gemma2',
-    GEMMA | dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    GEMMA | dict(attn_logit_softcapping=2.0, final_logit_softcapping=20.0),
   ),
   'gemma-3': (
     'Gemma3Text',
     GEMMA | dict(
       num_hidden_layers=4,
-      final_logit_softcapping=3.0,
+      final_logit_softcapping=20.0,
       sliding_window_pattern=3,
       rope_parameters=dict(
         full_attention=dict(
@@ -227,26 +228,31 @@ def test_the_form_of_the_hub_says_the_same(ours, hub_folder):
 
 def test_greedy_continuations_equal_those_of_transformers(ours, theirs):
   config, params = ours
-  sampled = sampling.sample(
-    config,
-    params,
-    jnp.asarray(np.where(VALID, IDS, 0)),
-    jnp.array(LENGTHS),
-    jax.random.split(jax.random.key(0), (3, 1)),
-    jnp.float32(0.0),
-    jnp.array([-1]),
-    max_tokens=32,
+  engine = sampling.Engine(
+    policy=config,
+    mesh=layouts.make(),
+    slots=8,
+    prompt_tokens=max(LENGTHS),
+    completion_tokens=32,
   )
-  for row, length, actual in zip(IDS, LENGTHS, sampled.tokens.ids, strict=True):
-    prompt = torch.tensor(row[None, :length])
-    expected = theirs.generate(
-      prompt,
-      attention_mask=torch.ones_like(prompt),
-      max_new_tokens=32,
-      do_sample=False,
-      eos_token_id=None,
-    )[0, length:]
-    assert actual[0].tolist() == expected.tolist()
+  keys = np.zeros((1, 2), np.uint32)
+  limit = np.array([32])
+  prompts = [row[:length] for row, length in zip(IDS, LENGTHS, strict=True)]
+  groups = [sampling.Group(ids, keys, limit) for ids in prompts]
+  for progress in engine.complete(
+    engine.unstacked(params), groups, temperature=0, end_ids=()
+  ):
+    for c in progress.finished:
+      prompt = torch.tensor(prompts[c.group][None])
+      expected = theirs.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=32,
+        do_sample=False,
+        eos_token_id=None,
+      )[0, len(prompts[c.group]) :]
+      assert c.ids == expected.tolist()
+  assert progress.done == 3
 
 
 def test_gradients_equal_those_of_transformers(ours, theirs):

@@ -1,0 +1,223 @@
+"""The sampler compiled for a TPU slice that need not be there.
+
+libtpu wants a process of its own, so this file also runs as a script.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None,
+  reason='libtpu is absent: install the extra `plan`',
+)
+
+DATA, TENSOR = 4, 4
+
+
+@pytest.fixture(scope='module')
+def compiled():
+  """Program → its collectives, as (kind, numbers, devices of each group)."""
+  env = os.environ | {
+    'PYTHONPATH': str(ROOT),
+    'JAX_PLATFORMS': 'cpu',
+    'TPU_SKIP_MDS_QUERY': '1',
+    # Another process may have it loaded, too.
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  }
+  done = subprocess.run(
+    [sys.executable, __file__], env=env, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def between_shards(collectives):
+  """Those in which devices of different data shards take part."""
+  return [
+    (kind, numbers)
+    for kind, numbers, groups in collectives
+    if any(len({device // TENSOR for device in group}) > 1 for group in groups)
+  ]
+
+
+def test_decoding_asks_other_data_shards_for_nothing_but_a_scalar(compiled):
+  collectives = compiled['segment']
+  # Heads are summed within a shard, in every layer.
+  assert len(collectives) - len(between_shards(collectives)) >= 2
+  for kind, numbers in between_shards(collectives):
+    assert kind == 'all-reduce' and numbers == 1
+
+
+@pytest.mark.parametrize('program', ['prefill', 'admit', 'repack'])
+def test_no_cache_moves_between_data_shards(compiled, program):
+  assert not between_shards(compiled[program])
+
+
+def test_a_gather_between_shards_would_be_seen(compiled):
+  assert between_shards(compiled['control'])
+
+
+# Below is the script.
+
+
+def programs():
+  """What is compiled: its name, and the program lowered."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  from jax.experimental import topologies
+  from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+  from jax_rlvr import mesh as layouts
+  from jax_rlvr import policy
+  from jax_rlvr.policy import attention
+  from jax_rlvr.sampling import slots
+
+  config = policy.PolicyConfig(
+    vocab_size=4096, layers=2, width=512, heads=8, kv_heads=4, head_size=128,
+    feed_forward=1024,
+  )  # fmt: skip
+  devices = topologies.get_topology_desc('v5e:4x4', 'tpu').devices
+  mesh = Mesh(
+    np.array(devices).reshape(1, DATA, TENSOR),
+    ('slice', 'fsdp', 'tensor'),
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+  )
+
+  def laid(tree, shardings):
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      tree,
+      shardings,
+    )
+
+  def rows(tree):
+    return laid(tree, layouts.fitted(mesh, tree, layouts.ROWS))
+
+  whole = NamedSharding(mesh, PartitionSpec())
+  stacked = jax.eval_shape(
+    lambda p: policy.cast(p, jnp.bfloat16), policy.abstract_params(config)
+  )
+  unstack = jax.jit(policy.unstack).lower(
+    laid(stacked, layouts.shardings(mesh, stacked, layouts.SAMPLING))
+  )
+  shardings = unstack.compile().output_shardings
+  weights = laid(unstack.out_info, shardings)
+  count, columns = 32, 256
+  idle = jax.eval_shape(
+    lambda: slots.Slots(
+      policy.Rings.empty(config, count, columns, jnp.bfloat16),
+      jnp.int32(0),
+      *jnp.zeros((4, count), jnp.int32),
+      jax.random.split(jax.random.key(0), count),
+      jnp.zeros(count, bool),
+      None,
+    )
+  )
+  idle = slots.Slots(
+    laid(idle.cache, layouts.fitted(mesh, idle.cache, layouts.CACHE)),
+    laid(idle.column, whole),
+    *rows(tuple(idle[2:])),
+  )
+  number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+  of_shards = jax.ShapeDtypeStruct((DATA * 4,), jnp.int32)
+  entries = slots.Entries(
+    *[of_shards] * 6,
+    jax.ShapeDtypeStruct((DATA * 4, 2), jnp.uint32),
+    None,
+  )
+  ids = rows(jax.ShapeDtypeStruct((DATA * 2, 128), jnp.int32))
+  prefill = slots.prefill.lower(config, weights, ids, attention.XLA, mesh)
+  yield 'prefill', prefill
+  prompts = prefill.out_info
+  prompts = laid(prompts, layouts.fitted(mesh, prompts, layouts.PROMPTS))
+  yield 'admit', slots.admit.lower(idle, prompts, rows(entries), DATA, mesh)
+  chosen = rows(jax.ShapeDtypeStruct((count // 2,), jnp.int32))
+  yield 'repack', slots.repack.lower(config, idle, chosen, 512, DATA, mesh)
+  yield (
+    'segment',
+    slots.segment.lower(
+      config,
+      weights,
+      idle,
+      jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
+      jax.ShapeDtypeStruct((2,), jnp.int32, sharding=whole),
+      number,
+      8,
+      None,
+      mesh,
+    ),
+  )
+  yield (
+    'control',
+    jax.jit(lambda x: x[::-1], out_shardings=whole).lower(idle.ids),
+  )
+
+
+def collectives(text):
+  """(kind, numbers, groups of devices) of each collective of a program."""
+  import math
+
+  import numpy as np
+
+  found = []
+  pattern = (
+    r'= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|'
+    r'collective-permute)(?:-start)?\((.*)'
+  )
+  for shapes, kind, rest in re.findall(pattern, text):
+    widths = [
+      math.prod(map(int, filter(None, dims.split(','))))
+      for dims in re.findall(r'\[([\d,]*)\]', shapes)
+    ]
+    listed = re.search(
+      r'(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]+\},?)*)\}', rest
+    )
+    iota = re.search(
+      r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', rest
+    )
+    mesh = re.search(r'replica_groups=mesh\[(.*?)\] \{(.*?)\}', rest)
+    if mesh:
+      axes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+      within = re.findall(r"'(\w+)'", mesh[2])
+      ids = np.arange(DATA * TENSOR).reshape([int(x) for x in axes.values()])
+      places = [list(axes).index(name) for name in within]
+      ids = np.moveaxis(ids, places, range(-len(places), 0))
+      groups = ids.reshape(-1, math.prod(int(axes[x]) for x in within))
+      groups = groups.tolist()
+    elif iota:
+      shape, dims, order = (
+        [int(x) for x in part.split(',')] if part else None
+        for part in iota.groups()
+      )
+      ids = np.arange(math.prod(dims)).reshape(dims)
+      ids = ids if order is None else ids.transpose(order)
+      groups = ids.reshape(shape).tolist()
+    else:
+      assert listed, rest
+      groups = [
+        [int(x) for x in group.split(',')]
+        for group in re.findall(r'\{([\d,]+)\}', listed[1])
+      ] or [list(range(DATA * TENSOR))]
+    found.append((kind, max(widths), groups))
+  return found
+
+
+if __name__ == '__main__':
+  print(
+    json.dumps(
+      {
+        name: collectives(lowered.compile().as_text())
+        for name, lowered in programs()
+      }
+    )
+  )
