@@ -30,6 +30,13 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.fixture(scope='module', autouse=True)
+def forget_programs():
+  """Each holds memory maps, of which Linux grants a process 65,530."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(scope='session')
 def data() -> pathlib.Path:
   """The folder of real data sets beside the checkout, where there is one."""
