@@ -114,6 +114,7 @@ def lower_update(
     *abstract(state, sharding),
     *shapes(rows, row_tokens, sharding),
     abstract(key, sharding),
+    None,
     False,
   )
 

@@ -1,114 +1,294 @@
 """What a run leaves on disk: checkpoints, and a manifest to read them by.
 
-Checkpoints are Orbax's, written whole or not at all. Each step has three items:
+Checkpoints are Orbax's, written whole or not at all. Each step has four items:
 `params`, a plain nested dict that Orbax restores without this package,
-`training`, the other arrays of the TrainState, and `carried`, its completions
-that go on, as JSON. Nothing here is a pickle.
+`training`, the other arrays of the TrainState, `carried`, its completions that
+go on, as JSON, and `checksums` of all of these. Nothing here is a pickle.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import importlib.metadata
+import contextlib
 import json
-import os
+import logging
+import operator
 import pathlib
+import shutil
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jax_rlvr import mesh as layouts
-from jax_rlvr import tokenizer as tokenizers
-from jax_rlvr.config import ConfigError, Recipe, Task
+from jax_rlvr.checksum import checksums
+from jax_rlvr.config import ConfigError
 from jax_rlvr.policy import Params, PolicyConfig, abstract_params
 from jax_rlvr.records import TrainState
-from jax_rlvr.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-  """The checkpoints of one folder. Saving goes on in the background."""
+  """The checkpoints of one folder. Saving goes on in the background.
 
-  def __init__(self, folder: pathlib.Path, keep: int | None = None):
+  One process saves; others may read meanwhile.
+  """
+
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    keep: int | None = None,
+    *,
+    keep_every: int = 0,
+    keep_best: str = '',
+  ):
+    """Opens the folder.
+
+    Args:
+      folder: of the checkpoints; to save, it need not exist.
+      keep: newest ones kept; all if None. What a save that was killed has left
+        is removed where there is a number: only one that saves gives it.
+      keep_every: those of multiples of so many steps are kept too; 0 for none.
+      keep_best: the one highest in this of the `scores` that `save` is given is
+        kept too; '' for none.
+    """
     self.folder = pathlib.Path(folder).absolute()
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-    self._manager = ocp.CheckpointManager(self.folder, options=options)
+    policies: list[preservation_policy.PreservationPolicy]
+    policies = [preservation_policy.LatestN(keep)]
+    if keep_every:
+      policies.append(preservation_policy.EveryNSteps(keep_every))
+    best = None
+    if keep_best:
+      best = operator.itemgetter(keep_best)
+      policies.append(
+        preservation_policy.BestN(
+          get_metric_fn=best, n=1, keep_checkpoints_without_metrics=False
+        )
+      )
+    self._manager = ocp.CheckpointManager(
+      self.folder,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+        best_fn=best,
+        cleanup_tmp_directories=keep is not None,
+      ),
+    )
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *exception):
-    self._manager.close()
+  def __exit__(self, kind, *_):
+    with contextlib.suppress(Exception) if kind else self._writing():
+      self._manager.close()
 
   def steps(self) -> list[int]:
     """Steps that were committed, oldest first."""
     return sorted(self._manager.all_steps())
 
-  def save(self, state: TrainState) -> None:
-    """Starts to save; arrays are copied first, so the state may be donated."""
+  def save(
+    self, state: TrainState, scores: Mapping[str, float] | None = None
+  ) -> None:
+    """Starts to save; arrays are copied first, so the state may be donated.
+
+    Args:
+      state: to save, as the checkpoint of its step.
+      scores: of an evaluation of it, for `keep_best`.
+
+    Raises:
+      ConfigError: this one or the one before cannot be written.
+    """
     items = ocp.args.Composite(
       params=ocp.args.StandardSave(state.params),
       training=ocp.args.StandardSave(_training(state)),
       carried=ocp.args.JsonSave({'groups': state.carried}),
+      checksums=ocp.args.JsonSave(_checksums(state)),
     )
-    self._manager.save(int(state.step), args=items)
+    with self._writing():
+      self._manager.save(
+        int(state.step), args=items, metrics=dict(scores) if scores else None
+      )
 
   def wait(self) -> None:
-    """Returns when all that was saved is committed."""
-    self._manager.wait_until_finished()
+    """Returns when all that was saved is committed.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    with self._writing():
+      self._manager.wait_until_finished()
+
+  @contextlib.contextmanager
+  def _writing(self):
+    try:
+      yield
+    except Exception as error:  # Orbax raises many kinds for a full disk.
+      have = ', '.join(map(str, self.steps())) or 'none'
+      raise ConfigError(
+        f'a checkpoint cannot be written to {self.folder} ({_reason(error)}); '
+        f'whole ones there: {have}; make room and run again'
+      ) from error
 
   def restore(self, abstract: TrainState, step: int | None = None):
     """The state saved at `step` (the latest if None), laid out as `abstract`.
+
+    Where the latest is damaged, it is set aside and the one before restored.
 
     Args:
       abstract: ShapeDtypeStructs, with shardings, for every leaf.
       step: one of `steps()`.
 
     Raises:
-      ConfigError: no such checkpoint, or one that cannot be read.
+      ConfigError: no such checkpoint, or none that can be read.
     """
-    restored = self._restore(
+    while True:
+      found = self._step(step)
+      try:
+        return self._restore_state(abstract, found)
+      except ConfigError as error:
+        if step is not None or len(self.steps()) == 1:
+          raise
+        aside = self._set_aside(found)
+        _log.error(
+          '%s; it is in %s now, and the one of step %d is taken',
+          error, aside, self.steps()[-1],
+        )  # fmt: skip
+
+  def _restore_state(self, abstract: TrainState, step: int) -> TrainState:
+    restored = self._read(
       step,
       params=ocp.args.StandardRestore(abstract.params),
       training=ocp.args.StandardRestore(_training(abstract)),
       carried=ocp.args.JsonRestore(),
     )
-    return TrainState(
+    state = TrainState(
       params=restored['params'],
       carried=tuple(restored['carried']['groups']),
       **restored['training'],
     )
+    self._check(step, _checksums(state), restored['checksums'])
+    return state
 
   def restore_params(self, abstract: Any, step: int | None = None) -> Any:
-    """As `restore`, for the params alone."""
-    item = ocp.args.StandardRestore(abstract)
-    return self._restore(step, params=item)['params']
+    """As `restore`, for the params alone; a damaged one is refused."""
+    step = self._step(step)
+    restored = self._read(step, params=ocp.args.StandardRestore(abstract))
+    params = restored['params']
+    self._check(step, checksums({'params': params}), restored['checksums'])
+    return params
 
-  def _restore(self, step, **items):
+  def _step(self, step: int | None) -> int:
     steps = self.steps()
-    if step is None:
-      step = steps[-1] if steps else None
+    if step is None and steps:
+      return steps[-1]
     if step not in steps:
       have = ', '.join(map(str, steps)) or 'none'
       raise ConfigError(
         f'no checkpoint of step {step} in {self.folder}; there: {have}'
       )
+    return step
+
+  def _read(self, step: int, **items) -> Any:
+    items['checksums'] = ocp.args.JsonRestore()
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax raises many kinds for a damaged file.
-      reason = str(error).strip().split('\n')[0][:200]
-      raise ConfigError(
-        f'checkpoint {self.folder / str(step)} cannot be read ({reason}); '
-        'remove it to go on from the one before'
-      ) from error
+      raise self._damaged(step, _reason(error)) from error
+
+  def _check(self, step: int, found: dict, saved: dict) -> None:
+    wrong = [name for name, value in found.items() if saved.get(name) != value]
+    if wrong:
+      raise self._damaged(step, f'{wrong[0]} is not what was saved')
+
+  def _damaged(self, step: int, reason: str) -> ConfigError:
+    return ConfigError(
+      f'checkpoint {self.folder / str(step)} is damaged ({reason}); take '
+      'another step'
+    )
+
+  def _set_aside(self, step: int) -> pathlib.Path:
+    """Moves a checkpoint out of the way of those to come."""
+    aside = self.folder.with_name(f'{self.folder.name}_damaged')
+    aside.mkdir(exist_ok=True)
+    place = aside / f'{step}-{len(list(aside.iterdir()))}'
+    (self.folder / str(step)).rename(place)
+    self._manager.reload()
+    return place
+
+
+def _reason(error: Exception) -> str:
+  return str(error).strip().split('\n')[0][:200] or type(error).__name__
+
+
+def _checksums(state: TrainState) -> dict[str, int]:
+  """Of all that is saved, by the paths they have there."""
+  text = json.dumps(state.carried, sort_keys=True)
+  return checksums({'params': state.params, 'training': _training(state)}) | {
+    'carried': zlib.crc32(text.encode())
+  }
 
 
 def _training(state: TrainState) -> dict[str, Any]:
   arrays = state._asdict()
   return {k: arrays[k] for k in ('step', 'cursor', 'optimizer', 'filters')}
+
+
+def save_reference(
+  workdir: pathlib.Path, step: int, params: Params, oldest: int | None = None
+) -> None:
+  """Writes params that serve as reference policy from a step on.
+
+  Args:
+    workdir: of the run.
+    step: from which on.
+    params: as they are computed with.
+    oldest: step of the oldest checkpoint: earlier references than it needs are
+      deleted.
+
+  Raises:
+    ConfigError: they cannot be written.
+  """
+  folder = workdir.absolute() / 'reference'
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(folder / str(step), params, force=True)
+  except Exception as error:
+    raise ConfigError(
+      f'the reference policy cannot be written to {folder} ({_reason(error)}); '
+      'make room and run again'
+    ) from error
+  steps = _references(folder)
+  needed = max([s for s in steps if s <= (oldest or 0)], default=0)
+  for old in steps:
+    if old < needed:
+      shutil.rmtree(folder / str(old))
+
+
+def read_reference(workdir: pathlib.Path, step: int, abstract: Any) -> Params:
+  """The reference policy of a step, laid out as `abstract`.
+
+  Raises:
+    ConfigError: there is none, or it cannot be read.
+  """
+  folder = workdir.absolute() / 'reference'
+  steps = [s for s in _references(folder) if s <= step]
+  if not steps:
+    raise ConfigError(f'no reference policy for step {step} in {folder}')
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      return checkpointer.restore(folder / str(steps[-1]), abstract)
+  except Exception as error:
+    raise ConfigError(
+      f'the reference policy {folder / str(steps[-1])} cannot be read '
+      f'({_reason(error)})'
+    ) from error
+
+
+def _references(folder: pathlib.Path) -> list[int]:
+  return sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit())
 
 
 def abstract_like(state: Any) -> Any:
@@ -119,105 +299,6 @@ def abstract_like(state: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
   return jax.tree.map(one, state)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Manifest:
-  """What a run directory says of itself: enough to evaluate it.
-
-  Attributes:
-    policy: shape of the policy.
-    tokenizer: of the policy.
-    tasks: those evaluated, rebuilt by name and arguments.
-    sampling: the config's numbers that completions and rewards depend on.
-  """
-
-  policy: PolicyConfig
-  tokenizer: Tokenizer
-  tasks: tuple[Task, ...]
-  sampling: Mapping[str, Any]
-
-
-_SAMPLING = (
-  'seed', 'slots', 'max_prompt_tokens', 'max_completion_tokens', 'temperature',
-  'eval_temperature', 'eval_samples', 'eval_prompts', 'scorers',
-  'reward_deadline_s', 'compute_dtype', 'stop',
-)  # fmt: skip
-
-
-def write_manifest(
-  workdir: pathlib.Path,
-  recipe: Recipe,
-  policy: PolicyConfig,
-  tokenizer: Tokenizer,
-) -> None:
-  """Writes recipe, tokenizer and manifest into a new run directory.
-
-  Raises:
-    ConfigError: the directory holds the run of another recipe.
-  """
-  config = recipe.config
-  overrides = {k: repr(v) for k, v in recipe.overrides.items()}
-  run = {'recipe': recipe.name, 'overrides': overrides}
-  file = workdir / 'manifest.json'
-  if file.exists():
-    _check_same_run(workdir, recipe, json.loads(file.read_text())['run'], run)
-  workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / 'recipe.py').write_text(recipe.source)
-  tokenizer.save(workdir / 'tokenizer')
-  manifest = {
-    'run': run,
-    'policy': dataclasses.asdict(policy),
-    'tasks': [_task_record(t) for t in config.eval_tasks or config.tasks],
-    'sampling': {name: getattr(config, name) for name in _SAMPLING},
-    'environment': _environment(),
-  }
-  new = file.with_suffix('.new')
-  new.write_text(json.dumps(manifest, indent=2) + '\n')
-  new.replace(file)
-
-
-def _check_same_run(workdir, recipe, old, new) -> None:
-  """More steps may be asked of a run; all else must stay."""
-
-  def identity(run):
-    kept = {k: v for k, v in run['overrides'].items() if k != 'steps'}
-    return run['recipe'], kept
-
-  same_source = (workdir / 'recipe.py').read_text() == recipe.source
-  if identity(old) != identity(new) or not same_source:
-    given = ','.join(f'{k}={v}' for k, v in old['overrides'].items())
-    edited = '' if same_source else ', whose text was another'
-    raise ConfigError(
-      f'{workdir} holds a run of {old["recipe"]}:{given}{edited}; '
-      'give another --workdir'
-    )
-
-
-def read_manifest(workdir: pathlib.Path) -> Manifest:
-  """Reads what `write_manifest` wrote.
-
-  Raises:
-    ConfigError: the directory holds no run, or a task cannot be imported.
-  """
-  policy, tokenizer = read_policy(workdir)
-  manifest = _read(workdir)
-  return Manifest(
-    policy=policy,
-    tokenizer=tokenizer,
-    tasks=tuple(_task(record) for record in manifest['tasks']),
-    sampling=manifest['sampling'],
-  )
-
-
-def read_policy(workdir: pathlib.Path) -> tuple[PolicyConfig, Tokenizer]:
-  """A run's policy and tokenizer; its tasks need not be importable.
-
-  Raises:
-    ConfigError: the directory holds no run.
-  """
-  policy = PolicyConfig(**_read(workdir)['policy'])
-  return policy, tokenizers.load(workdir / 'tokenizer')
 
 
 def read_params(
@@ -243,39 +324,3 @@ def read_params(
   with Checkpoints(workdir / 'checkpoints') as checkpoints:
     params = checkpoints.restore_params(abstract, step)
     return params, checkpoints.steps()[-1] if step is None else step
-
-
-def _read(workdir: pathlib.Path) -> dict[str, Any]:
-  file = workdir / 'manifest.json'
-  if not file.exists():
-    raise ConfigError(f'{workdir} holds no run: there is no manifest.json')
-  return json.loads(file.read_text())
-
-
-def _task_record(task: Any) -> dict[str, Any]:
-  kind = type(task)
-  return {
-    'task': f'{kind.__module__}:{kind.__qualname__}',
-    'arguments': dataclasses.asdict(task),
-  }
-
-
-def _task(record: Mapping[str, Any]) -> Task:
-  module, _, name = record['task'].partition(':')
-  try:
-    kind = getattr(importlib.import_module(module), name)
-  except (ImportError, AttributeError) as error:
-    raise ConfigError(
-      f'task {record["task"]} of the run cannot be imported ({error}); put its '
-      'module on PYTHONPATH'
-    ) from None
-  return kind(**record['arguments'])
-
-
-def _environment() -> dict[str, Any]:
-  packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
-  versions = {name: importlib.metadata.version(name) for name in packages}
-  return versions | {
-    'devices': [d.device_kind for d in jax.devices()],
-    'cpu_threads': len(os.sched_getaffinity(0)),
-  }

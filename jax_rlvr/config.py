@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import pathlib
 import runpy
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import optax
 
+from jax_rlvr.evaluation import Evaluation, resolved
 from jax_rlvr.records import TokenStats
 
 if TYPE_CHECKING:
@@ -63,15 +65,23 @@ class WarmUp:
 
 
 # The smallest value of each knob that counts something, and that measures.
-_COUNTS = {'steps': 0, 'seed': 0, 'row_tokens': 0} | dict.fromkeys(
+_COUNTS = dict.fromkeys(
+  'steps seed row_tokens reference_every keep_every reward_memory_mb'.split(), 0
+) | dict.fromkeys(
   'prompts_per_step group_size inner_steps microbatch_tokens max_prompt_tokens '
   'max_completion_tokens slots eval_every eval_prompts eval_samples '
   'checkpoint_every keep_checkpoints scorers slices tensor'.split(),
   1,
 )
 _NUMBERS = dict.fromkeys(
-  ('temperature', 'eval_temperature', 'reward_deadline_s'), 0
+  'temperature eval_temperature reward_deadline_s batch_deadline_s'.split(), 0
 ) | {'oversample': 1, 'max_asked': 1}
+_CHOICES = {
+  'long_prompts': ('refuse', 'drop'),
+  'attention': ('auto', 'xla', 'splash', 'cudnn'),
+  'remat': ('none', 'dots', 'full'),
+  'compute_dtype': ('auto', 'float32', 'bfloat16'),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +94,10 @@ class Config:
       weights and brings its tokenizer.
     tokenizer: needed where the policy brings none; goes before one it brings.
     tasks: trained on, their 'train' splits mixed by size.
+    weights: how often each task is asked, > 0, one a task; none mixes them by
+      size, each prompt once before any comes again.
+    long_prompts: 'refuse' ends the run before it begins where a prompt is over
+      max_prompt_tokens, 'drop' leaves it out and lists it in dropped.jsonl.
     eval_tasks: evaluated, their 'test' splits; `tasks` if empty.
     advantage: (rewards, valid, lengths) [P, G] → advantages [P, G].
     filters: token-space optax chain, ended by an aggregation.
@@ -93,9 +107,15 @@ class Config:
     prompts_per_step: P.
     group_size: G, completions per prompt.
     inner_steps: weight updates per batch; divides prompts_per_step.
+    balance_rewards: inner batches get prompts of like mean rewards in turn;
+      else prompts stay in the order they were asked.
+    reference: keeps the first weights as a frozen reference policy for filters
+      that read `ref_logprob`; costs a forward pass an inner step.
+    reference_every: steps after which the reference becomes the policy of that
+      moment; 0 for never.
     microbatch_tokens: tokens, padding included, through one vjp on all devices;
       one row of each data shard at the least.
-    max_prompt_tokens: longer prompts are refused before the run.
+    max_prompt_tokens: see long_prompts.
     max_completion_tokens: completions are cut there, the end token included.
     row_tokens: of a packed row, in which the completions of a prompt share its
       tokens; 0 is room for the longest sequence.
@@ -128,15 +148,25 @@ class Config:
     eval_transform: as `transform`, for evaluations.
     checkpoint_every: steps between checkpoints; one always comes last.
     keep_checkpoints: newest ones kept.
+    keep_every: checkpoints of multiples of so many steps are kept too; 0 for
+      none.
+    keep_best: the checkpoint with the highest of this score is kept too, for
+      example 'eval/addition/avg@8'; '' for none.
     scorers: worker processes that run rewards.
     reward_deadline_s: seconds an answer may take before its worker is killed.
+    batch_deadline_s: seconds that all rewards of a step may take beyond its
+      sampling; what is missing then is unscorable.
+    reward_memory_mb: address space of a worker; 0 for no limit.
+    wandb: project of Weights & Biases to log to; '' for none.
     slices, fsdp, tensor: mesh axes; fsdp = −1 takes the devices left over.
   """
 
   policy: PolicyConfig | str | pathlib.Path
   tokenizer: Tokenizer | None = None
   tasks: Sequence[Task]
-  eval_tasks: Sequence[Task] = ()
+  weights: Sequence[float] = ()
+  long_prompts: Literal['refuse', 'drop'] = 'refuse'
+  eval_tasks: Sequence[Task | Evaluation] = ()
   advantage: Callable[..., Any]
   filters: optax.GradientTransformation
   optimizer: optax.GradientTransformation
@@ -145,6 +175,9 @@ class Config:
   prompts_per_step: int
   group_size: int = 8
   inner_steps: int = 1
+  balance_rewards: bool = False
+  reference: bool = False
+  reference_every: int = 0
   microbatch_tokens: int = 65_536
   max_prompt_tokens: int
   max_completion_tokens: int
@@ -168,8 +201,13 @@ class Config:
   eval_transform: Transform | None = None
   checkpoint_every: int = 20
   keep_checkpoints: int = 3
+  keep_every: int = 0
+  keep_best: str = ''
   scorers: int = 1
   reward_deadline_s: float = 10.0
+  batch_deadline_s: float = math.inf
+  reward_memory_mb: int = 0
+  wandb: str = ''
   slices: int = 1
   fsdp: int = -1
   tensor: int = 1
@@ -183,7 +221,7 @@ class Config:
       is_number = isinstance(value, kind | int) and not isinstance(value, bool)
       self._require(name, is_number, what)
       self._require(name, value >= least, f'{least} or more')
-    for name in ('temperature', 'reward_deadline_s'):
+    for name in ('temperature', 'reward_deadline_s', 'batch_deadline_s'):
       self._require(name, getattr(self, name) > 0, 'above 0')
     self._require(
       'inner_steps',
@@ -205,20 +243,23 @@ class Config:
       f'at least one row of {self.row_tokens} tokens',
     )
     self._require('tasks', len(self.tasks) > 0, 'at least one task')
+    for name, choices in _CHOICES.items():
+      *others, last = map(repr, choices)
+      self._require(
+        name,
+        getattr(self, name) in choices,
+        f'{", ".join(others)} or {last}',
+      )
     self._require(
-      'attention',
-      self.attention in ('auto', 'xla', 'splash', 'cudnn'),
-      "'auto', 'xla', 'splash' or 'cudnn'",
+      'weights',
+      not self.weights
+      or (len(self.weights) == len(self.tasks) and min(self.weights) > 0),
+      f'numbers above 0, one for each of the {len(self.tasks)} tasks, or ()',
     )
     self._require(
-      'remat',
-      self.remat in ('none', 'dots', 'full'),
-      "'none', 'dots' or 'full'",
-    )
-    self._require(
-      'compute_dtype',
-      self.compute_dtype in ('auto', 'float32', 'bfloat16'),
-      "'auto', 'float32' or 'bfloat16'",
+      'reference_every',
+      self.reference or not self.reference_every,
+      '0 without reference=True',
     )
     self._require('stop', not isinstance(self.stop, str), 'a sequence of texts')
     extras = TokenStats._fields[2:]
@@ -236,7 +277,16 @@ class Config:
   @property
   def tasks_scored(self) -> list[Task]:
     """All tasks whose rewards are asked for, each once."""
-    return list(dict.fromkeys([*self.tasks, *self.eval_tasks]))
+    tasks = list(self.tasks)
+    for each in self.evaluations:
+      if each.task not in tasks:
+        tasks.append(each.task)
+    return tasks
+
+  @property
+  def evaluations(self) -> tuple[Evaluation, ...]:
+    """What is evaluated, and how."""
+    return resolved(self.eval_tasks or self.tasks, vars(self))
 
   @property
   def sequence_tokens(self) -> int:

@@ -1,241 +1,305 @@
 r"""avg@k, unbiased pass@k and maj@k of a policy on held-out prompts.
 
-  python -m jax_rlvr.evaluate --workdir runs/quickstart --samples 8 \
-    --json out.json
+  python -m jax_rlvr.evaluate --workdir runs/quickstart --json out.json
 
-restores a run's checkpoint by its manifest alone: the recipe is not executed.
+evaluates a run's checkpoint as the run itself did, by its manifest alone: the
+recipe is not executed. Weights from elsewhere, a Hugging Face folder or hub id
+or a GGUF file, take tasks and settings from a recipe, or from a run:
+
+  python -m jax_rlvr.evaluate --policy path/to/folder \
+    --config configs/quickstart.py --samples 16 --out questions.jsonl
+
+Options go before what run or recipe say. Exit codes: 0 done; 2 bad
+configuration or input.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
+import contextlib
+import dataclasses
 import json
-import math
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import rich.box
 import rich.console
-import rich.table
 
-from jax_rlvr import checkpoint, prng, rollout
+from jax_rlvr import (
+  checkpoint,
+  config,
+  manifest,
+  metrics,
+  policy,
+  prng,
+  rollout,
+)
 from jax_rlvr import mesh as layouts
 from jax_rlvr.actor import Actor, OnProgress, ignore
-from jax_rlvr.config import ConfigError, Task
+from jax_rlvr.config import ConfigError
+from jax_rlvr.evaluation import Evaluation, resolved, tasks_of
+from jax_rlvr.policy import attention
 from jax_rlvr.prng import Stream
-from jax_rlvr.records import Rollout
-from jax_rlvr.sampling import Transform, chain, min_p, top_k, top_p
+from jax_rlvr.sampling import chain, min_p, stops, top_k, top_p
+from jax_rlvr.scores import Question, grouped, measures, tables, write
 from jax_rlvr.scoring import Scorers
 
 
 def run(
   actor: Actor,
   params: Any,
-  tasks: Sequence[Task],
+  evaluations: Sequence[Evaluation],
   scorers: Scorers,
   *,
   key: jax.Array,
-  prompts: int,
-  samples: int,
-  temperature: float,
   max_completion_tokens: int,
   max_prompt_tokens: int = 1,
-  transform: Transform | None = None,
-  stop: Sequence[str] = (),
   on_progress: OnProgress = ignore,
-) -> tuple[dict[str, float], list[Rollout]]:
-  """Evaluates on the first `prompts` prompts of each task's test split.
+) -> tuple[dict[str, float], list[Question]]:
+  """Asks what the evaluations ask.
+
+  What one of them draws depends on the key, the place of the prompt in its
+  split and the number of the sample: not on the other evaluations, their order,
+  or how many prompts and samples there are.
+
+  Args:
+    actor: completes prompts.
+    params: of the policy.
+    evaluations: each with a name of its own.
+    scorers: that know their tasks.
+    key: of all that is drawn.
+    max_completion_tokens: of evaluations that do not say.
+    max_prompt_tokens: of any prompt, so that shapes are those of training; the
+      longest if that is more.
+    on_progress: called after each segment of sampling.
 
   Returns:
-    `eval/<task>/avg@k` and the like, and the rollouts of all tasks.
+    `eval/<name>/avg@k` and the like, see `scores.measures`, and the questions
+    of all evaluations with their samples.
   """
   measured, everything = {}, []
-  for task in tasks:
-    asked = task.prompts('test')
-    asked = [asked[i] for i in range(min(prompts, len(asked)))]
-    keys = prng.sample_keys(key, range(len(asked)), samples)
+  for each in evaluations:
+    asked = each.asked()
     completed = actor.complete(
       params,
       asked,
-      keys,
-      temperature=temperature,
-      max_completion_tokens=max_completion_tokens,
+      prng.sample_keys(key, range(len(asked)), each.samples),
+      temperature=each.temperature,
+      max_completion_tokens=each.max_completion_tokens or max_completion_tokens,
       max_prompt_tokens=max_prompt_tokens,
-      transform=transform,
-      stop=stop,
+      transform=each.transform,
+      stop=each.stop,
       on_progress=on_progress,
     )
-    rollouts, failures = rollout.score(completed, scorers)
-    scores = metrics(rollouts, samples, getattr(task, 'extract', _text))
-    if failures['reward/unscorable']:
-      scores['unscorable'] = failures['reward/unscorable']
-    measured |= {f'eval/{task.name}/{k}': x for k, x in scores.items()}
-    everything += rollouts
+    rollouts, _ = rollout.score(completed, scorers)
+    questions = grouped(each.name, each.task, rollouts, each.samples)
+    scores = measures(questions)
+    measured |= {f'eval/{each.name}/{k}': x for k, x in scores.items()}
+    everything += questions
   return measured, everything
 
 
-def metrics(
-  rollouts: Sequence[Rollout], samples: int, extract: Callable
-) -> dict[str, float]:
-  """avg@k, pass@j for powers of two up to k, maj@k; k = samples.
+def check(
+  actor: Actor, evaluations: Sequence[Evaluation], max_completion_tokens: int
+) -> None:
+  """Meets the errors that `run` would, before anything compiles.
 
-  A completion is right where its reward is 1 or more; an unscorable one is
-  wrong.
+  Raises:
+    ValueError: a split is empty, a prompt leaves no room for a completion, a
+      stop text cannot be written, or the devices have no room.
   """
-  groups = [rollouts[i : i + samples] for i in range(0, len(rollouts), samples)]
-  right = [sum(is_right(r) for r in group) for group in groups]
-  powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
-  return {
-    f'avg@{samples}': _mean(c / samples for c in right),
-    **{
-      f'pass@{k}': _mean(pass_at(samples, c, k) for c in right) for k in powers
-    },
-    f'maj@{samples}': _mean(majority(group, extract) for group in groups),
-    'entropy': _mean(float(r.entropy.mean()) for r in rollouts),
-    'length': _mean(r.completion.length for r in rollouts),
-  }
-
-
-def is_right(r: Rollout) -> bool:
-  """Whether a completion earned a full reward."""
-  return r.reward is not None and r.reward >= 1
-
-
-def pass_at(n: int, correct: int, k: int) -> float:
-  """Chance that k of n samples, drawn without replacement, hold a right one.
-
-  Reference: Chen et al., `Evaluating Large Language Models Trained on Code
-  <https://arxiv.org/abs/2107.03374>`_, 2021.
-
-  >>> pass_at(4, 1, 4), pass_at(4, 1, 1)
-  (1.0, 0.25)
-  """
-  return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
-
-
-def majority(group: Sequence[Rollout], extract: Callable) -> float:
-  """Chance that the answer most samples agree on is right.
-
-  Completions without an answer do not vote; ties are divided evenly.
-  """
-  votes = collections.defaultdict(list)
-  for r in group:
-    answer = extract(r.completion)
-    if answer is not None:
-      votes[answer].append(is_right(r))
-  most = max(map(len, votes.values()), default=0)
-  winners = [all(rights) for rights in votes.values() if len(rights) == most]
-  return _mean(winners) if winners else 0.0
-
-
-def _text(completion):
-  return completion.text.strip() or None
-
-
-def _mean(values) -> float:
-  values = list(values)
-  return sum(values) / max(len(values), 1)
-
-
-def table(measured: dict[str, float]) -> rich.table.Table:
-  """One row a task, one column a measure."""
-  tasks: dict[str, dict[str, float]] = {}
-  for name, value in measured.items():
-    if name.startswith('eval/'):
-      _, task, measure = name.split('/', 2)
-      tasks.setdefault(task, {})[measure] = value
-  columns = dict.fromkeys(m for row in tasks.values() for m in row)
-  out = rich.table.Table('task', *columns, box=rich.box.SIMPLE, padding=0)
-  for task, row in tasks.items():
-    out.add_row(task, *(f'{row[m]:.3f}' if m in row else '' for m in columns))
-  return out
+  most = actor.policy.max_tokens
+  for each in evaluations:
+    limit = each.max_completion_tokens or max_completion_tokens
+    longest = max(
+      len(actor.tokenizer.render(prompt.messages)) for prompt in each.asked()
+    )
+    if longest + limit > most:
+      raise ConfigError(
+        f'evaluation {each.name!r} has a prompt of {longest} tokens, which '
+        f'with max_completion_tokens={limit} is more than the {most} that the '
+        f'policy was made for; give {each.name!r} a lower one, or fewer prompts'
+      )
+    stops(actor.tokenizer, each.stop)
+    actor.engine(longest, limit).check()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """The command; returns its exit code."""
+  arguments = _parser().parse_args(argv)
+  console = rich.console.Console()
+  with contextlib.ExitStack() as stack:
+    try:
+      subject = _prepare(arguments)
+      knobs = subject.knobs
+      scorers = Scorers(
+        tasks_of(subject.evaluations),
+        knobs['scorers'],
+        knobs['reward_deadline_s'],
+        knobs.get('reward_memory_mb', 0),
+      )
+      stack.enter_context(scorers)
+      params, step, of = _read(subject, arguments)
+    except (ValueError, OSError, ImportError) as error:
+      print(f'error: {error}', file=sys.stderr)
+      return 2
+    with metrics.progress(console) as bars:
+      bar = bars.add_task('evaluate', total=None, note='')
+      measured, questions = run(
+        subject.actor,
+        params,
+        subject.evaluations,
+        scorers,
+        key=prng.key(knobs['seed'], Stream.EVALUATE, step),
+        max_completion_tokens=knobs['max_completion_tokens'],
+        max_prompt_tokens=knobs['max_prompt_tokens'],
+        on_progress=lambda p: bars.update(
+          bar, total=p.total, completed=p.done, note=p.note
+        ),
+      )
+  console.print(tables(measured))
+  if arguments.json:
+    arguments.json.write_text(json.dumps(of | measured, indent=2) + '\n')
+  if arguments.out:
+    write(arguments.out, questions)
+  return 0
+
+
+def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='python -m jax_rlvr.evaluate',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  path = pathlib.Path
+  source = parser.add_mutually_exclusive_group(required=True)
+  source.add_argument('--workdir', type=path, help='of a run')
+  source.add_argument('--config', help='recipe.py[:key=value,…]')
+  parser.add_argument('--policy', help='folder, hub id or GGUF file instead')
   parser.add_argument('--step', type=int, help='of the checkpoint; the latest')
-  parser.add_argument('--samples', type=int, default=8, help='k')
-  parser.add_argument('--prompts', type=int, default=10**9, help='per task')
-  parser.add_argument('--temperature', type=float, default=None)
-  parser.add_argument('--top_k', type=int, help='draw from that many tokens')
-  parser.add_argument('--top_p', type=float, help='draw from that mass')
-  parser.add_argument(
-    '--min_p',
-    type=float,
-    help='draw from tokens that likely beside the top one',
-  )
-  parser.add_argument('--json', type=pathlib.Path, help='where to write scores')
-  arguments = parser.parse_args(argv)
-  try:
-    if arguments.samples < 1:
-      raise ConfigError(f'--samples {arguments.samples}: give 1 or more')
-    scores = _evaluate(arguments)
-  except (ConfigError, ValueError, OSError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  rich.console.Console().print(table(scores))
-  if arguments.json:
-    arguments.json.write_text(json.dumps(scores, indent=2) + '\n')
-  return 0
+  for name, kind, what in (
+    ('samples', int, 'k, completions of each prompt'),
+    ('prompts', int, 'per task'),
+    ('max_completion_tokens', int, 'where completions are cut'),
+    ('temperature', float, '0 for argmax'),
+    ('top_k', int, 'draw from that many tokens'),
+    ('top_p', float, 'draw from that mass'),
+    ('min_p', float, 'draw from tokens that likely beside the top one'),
+    ('seed', int, 'of what is drawn'),
+    ('tensor', int, 'devices that share each layer; 1'),
+  ):
+    parser.add_argument(f'--{name}', type=kind, help=what)
+  parser.add_argument('--json', type=path, help='where to write scores')
+  parser.add_argument('--out', type=path, help='where to write all samples')
+  return parser
 
 
-def _evaluate(arguments) -> dict[str, float]:
-  saved = checkpoint.read_manifest(arguments.workdir)
-  mesh = layouts.make()
+class _Subject(NamedTuple):
+  """What the command evaluates.
+
+  Attributes:
+    actor: with the policy's shape and tokenizer.
+    evaluations: what is asked.
+    knobs: of the run or the recipe, by name.
+    pretrained: weights from elsewhere; None for those of the run.
+  """
+
+  actor: Actor
+  evaluations: tuple[Evaluation, ...]
+  knobs: Mapping[str, Any]
+  pretrained: policy.Pretrained | None
+
+
+def _prepare(arguments) -> _Subject:
+  """Meets every error that can be met before weights are read."""
+  workdir, elsewhere = arguments.workdir, arguments.policy
+  if workdir is None and elsewhere is None:
+    raise ConfigError('--config brings no weights; give --policy, too')
+  if elsewhere is not None and arguments.step is not None:
+    raise ConfigError(f'--step {arguments.step} of --policy; leave one out')
+  if workdir is not None:
+    saved = manifest.read(workdir)
+    shape, tokenizer = saved.policy, saved.tokenizer
+    knobs, asked = saved.sampling, saved.tasks
+  else:
+    c = config.load(arguments.config).config
+    shape, tokenizer = c.policy, c.tokenizer
+    knobs, asked = vars(c), c.eval_tasks or c.tasks
+  evaluations = _overridden(resolved(asked, knobs), arguments)
+  shape, tokenizer, pretrained = _policy(elsewhere, shape, tokenizer)
+  mesh = layouts.make(tensor=arguments.tensor or 1)
+  # Runs from before there was a choice.
+  dtype = layouts.compute_dtype(knobs.get('compute_dtype', 'float32'), mesh)
   actor = Actor(
-    policy=saved.policy,
-    tokenizer=saved.tokenizer,
+    policy=shape,
+    tokenizer=tokenizer,
     mesh=mesh,
-    slots=saved.sampling['slots'],
-    # Runs from before there was a choice.
-    dtype=layouts.compute_dtype(
-      saved.sampling.get('compute_dtype', 'float32'), mesh
-    ),
+    slots=knobs['slots'],
+    dtype=dtype,
+    backend=attention.choose('auto', shape, dtype, mesh),
   )
-  params, step = checkpoint.read_params(
-    arguments.workdir, saved.policy, mesh, layouts.SAMPLING, arguments.step
-  )
-  temperature = arguments.temperature
-  if temperature is None:
-    temperature = saved.sampling['eval_temperature']
+  check(actor, evaluations, knobs['max_completion_tokens'])
+  for file in filter(None, (arguments.json, arguments.out)):
+    if file.is_dir():
+      raise ConfigError(f'{file} is a folder; give a file')
+    file.parent.mkdir(parents=True, exist_ok=True)
+  if arguments.seed is not None:
+    knobs = dict(knobs) | {'seed': arguments.seed}
+  return _Subject(actor, evaluations, knobs, pretrained)
+
+
+def _policy(where, shape, tokenizer):
+  """Shape, tokenizer and weights, in their files, of what is there.
+
+  The others, of run or recipe, are for where they are missing.
+  """
+  if where is None:
+    return shape, tokenizer, None
+  pretrained = policy.load(where)
+  shape = pretrained.config
+  if pretrained.tokenizer is not None:
+    return shape, pretrained.tokenizer, pretrained
+  if tokenizer is None or tokenizer.vocab_size > shape.vocab_size:
+    raise ConfigError(
+      f'{where} brings no tokenizer, and that of run or recipe does not fit; '
+      'put tokenizer.json and tokenizer_config.json beside the weights'
+    )
+  return shape, tokenizer, pretrained
+
+
+def _read(subject: _Subject, arguments) -> tuple[Any, int, dict[str, Any]]:
+  """The weights, the step that keys go by, and what the scores are of."""
+  actor, pretrained = subject.actor, subject.pretrained
+  if pretrained is None:
+    params, step = checkpoint.read_params(
+      arguments.workdir,
+      actor.policy,
+      actor.mesh,
+      layouts.SAMPLING,
+      arguments.step,
+    )
+    return params, step, {'step': step}
+  abstract = policy.abstract_params(actor.policy)
+  shardings = layouts.shardings(actor.mesh, abstract, layouts.SAMPLING)
+  return pretrained.read(shardings), 0, {'policy': arguments.policy}
+
+
+def _overridden(
+  evaluations: Sequence[Evaluation], arguments
+) -> tuple[Evaluation, ...]:
+  names = ('samples', 'prompts', 'max_completion_tokens', 'temperature')
+  given = vars(arguments)
+  changes = {name: given[name] for name in names if given[name] is not None}
   cuts = [
-    cut(number)
-    for cut, number in (
-      (top_k, arguments.top_k),
-      (top_p, arguments.top_p),
-      (min_p, arguments.min_p),
-    )
-    if number is not None
+    cut(given[cut.__name__])
+    for cut in (top_k, top_p, min_p)
+    if given[cut.__name__] is not None
   ]
-  with Scorers(
-    saved.tasks,
-    saved.sampling['scorers'],
-    saved.sampling['reward_deadline_s'],
-  ) as scorers:
-    scores, _ = run(
-      actor,
-      params,
-      saved.tasks,
-      scorers,
-      key=prng.key(saved.sampling['seed'], Stream.EVALUATE, step),
-      prompts=arguments.prompts,
-      samples=arguments.samples,
-      temperature=temperature,
-      max_completion_tokens=saved.sampling['max_completion_tokens'],
-      transform=chain(*cuts) if cuts else None,
-      stop=saved.sampling.get('stop', ()),
-    )
-  return {'step': step} | scores
+  if cuts:
+    changes['transform'] = chain(*cuts)
+  return tuple(dataclasses.replace(e, **changes) for e in evaluations)
 
 
 if __name__ == '__main__':

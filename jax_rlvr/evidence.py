@@ -48,7 +48,8 @@ def covariance(stats: TokenStats, tokens: Tokens) -> jax.Array:
 def summary(stats: TokenStats, tokens: Tokens) -> dict[str, jax.Array]:
   """Scalars that explain an inner step, before its weights move.
 
-  * `ratio/max`, and `kl/old`: k3 estimate of KL(old ‖ current), nats.
+  * `ratio/max`, and `kl/old`: k3 estimate of KL(old ‖ current), nats;
+    `kl/reference`: of KL(current ‖ reference), where there is one.
   * `covariance/mean`, and `covariance/top_…`: mean covariance of that share of
     the tokens, as in Table 1 of the Entropy Mechanism; finite ones only.
   * `entropy/p50`, `p80`, `p95`: percentiles of token entropy, nats; the 80th
@@ -68,6 +69,9 @@ def summary(stats: TokenStats, tokens: Tokens) -> dict[str, jax.Array]:
     'covariance/mean': masked.mean(cov, finite),
     **{f'covariance/top_{s:g}': tops[i] for i, s in enumerate(shares)},
   }
+  if tokens.ref_logprob is not None:
+    y = bounded(tokens.ref_logprob - stats.logprob, mask)
+    scalars['kl/reference'] = masked.mean(jnp.expm1(y) - y, mask)
   if stats.entropy is not None:
     percents = (50, 80, 95)
     values = jax.vmap(lambda q: masked.quantile(stats.entropy, mask, q))(

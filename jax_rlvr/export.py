@@ -12,7 +12,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from jax_rlvr import checkpoint, policy
+from jax_rlvr import checkpoint, manifest, policy
 from jax_rlvr import mesh as layouts
 from jax_rlvr.config import ConfigError
 
@@ -31,7 +31,7 @@ def export(
   """
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise ConfigError(f'{out} holds something already; give a new --out')
-  shape, tokenizer = checkpoint.read_policy(workdir)
+  shape, tokenizer = manifest.read_policy(workdir)
   params, step = checkpoint.read_params(
     workdir, shape, layouts.make(), layouts.TRAINING, step
   )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from jax_rlvr import checkpoint, metrics, policy, prng
+from jax_rlvr import checkpoint, manifest, metrics, policy, prng
 from jax_rlvr import mesh as layouts
 from jax_rlvr.packing import padded
 from jax_rlvr.policy import PolicyConfig
@@ -50,7 +50,7 @@ def load_policy(
   path = pathlib.Path(path)
   mesh = layouts.make()
   if (path / 'manifest.json').exists():
-    config, tokenizer = checkpoint.read_policy(path)
+    config, tokenizer = manifest.read_policy(path)
     params, _ = checkpoint.read_params(
       path, config, mesh, layouts.TRAINING, step
     )

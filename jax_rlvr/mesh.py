@@ -7,6 +7,7 @@ code and filters never name an axis.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from typing import Any
@@ -140,6 +141,16 @@ def memory(mesh: Mesh) -> int | None:
     whole = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     return whole // len(mesh.local_devices)
   return None
+
+
+def bytes_per_device(tree: Any, shardings: Any) -> int:
+  """What arrays laid out so take on each device."""
+  held = jax.tree.map(
+    lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize,
+    tree,
+    shardings,
+  )
+  return sum(jax.tree.leaves(held))
 
 
 def row_shards(mesh: Mesh) -> int:

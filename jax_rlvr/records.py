@@ -35,12 +35,14 @@ class Prompt:
     answer: the reference answer a reward compares with.
     task: name of the task that asks; rewards and metrics are routed by it.
     id: stable name of the prompt within its task.
+    extra: further JSON values of the prompt that a verifier reads.
   """
 
   messages: tuple[Mapping[str, str], ...]
   answer: str
   task: str = ''
   id: str = ''
+  extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def text(self) -> str:
@@ -93,6 +95,9 @@ class Rollout:
       drew each token.
     completion: the text that rewards see.
     reward: None where the completion could not be scored.
+    outcome: the part of the reward that says right or wrong; groups are told
+      apart by it.
+    parts: components of the reward, by name.
     failed: the policy's logits were not finite after the last token: nothing
       is learnt from it.
     finished: False for the beginning of a completion, to go on with.
@@ -107,6 +112,8 @@ class Rollout:
   versions: np.ndarray
   completion: Completion
   reward: float | None = None
+  outcome: float | None = None
+  parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
   failed: bool = False
   finished: bool = True
 
@@ -201,6 +208,8 @@ class TrainState(NamedTuple):
     filters: state of the token-space optax chain.
     carried: groups of completions to go on with, as JSON values; see
       `rollout.collect`.
+    reference: params of the frozen reference policy, as they are computed
+      with; None where there is none. Checkpoints do not hold it.
   """
 
   step: np.int32 | Int[Array, '']
@@ -209,6 +218,7 @@ class TrainState(NamedTuple):
   optimizer: Any
   filters: Any
   carried: tuple[Mapping[str, Any], ...] = ()
+  reference: Any = None
 
 
 class Tracked(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 import math
@@ -40,7 +41,7 @@ def collect(
   With `config.oversample` above 1 more groups are begun than are needed, and
   sampling ends with the segment in which enough of them are whole. The rest
   goes on in the next step; its tokens keep the numbers of the weights that drew
-  them. With `config.dynamic_sampling` a group whose rewards are all equal is
+  them. With `config.dynamic_sampling` a group whose outcomes are all equal is
   dropped, and further prompts are asked, `config.max_asked` times the prompts
   per step at the most. What is dropped, and when sampling ends, depends on
   tokens and rewards alone: the latter are waited for.
@@ -74,7 +75,9 @@ def collect(
   def usable() -> list[Asked]:
     if not c.dynamic_sampling:
       return whole()
-    return [group for group in whole() if _differ(group, scores, samples)]
+    return [
+      group for group in whole() if _differ(group, scores, scorers, samples)
+    ]
 
   for group in asked:
     for sample, r in group.begun.items():
@@ -90,7 +93,7 @@ def collect(
     if not unfinished:
       _log.warning(
         'step %d goes on with %d of %d groups: of %d prompts no more had '
-        'rewards that differ', step, c.prompts_per_step - missing,
+        'outcomes that differ', step, c.prompts_per_step - missing,
         c.prompts_per_step, len(asked),
       )  # fmt: skip
       break
@@ -138,6 +141,9 @@ def collect(
   def of(groups: Sequence[Asked]) -> list[Rollout]:
     return [rewarded[g.position, i] for g in groups for i in range(samples)]
 
+  if c.balance_rewards:
+    means = [_mean_reward(of([group])) for group in chosen]
+    chosen = [chosen[i] for i in balanced(means, c.inner_steps)]
   rollouts = of(chosen)
   stale = [np.less(r.versions, step) for r in rollouts]
   scalars |= summary(of(whole()), samples) | {
@@ -160,13 +166,36 @@ def _keys(seed: int, group: Asked, samples: int) -> jax.Array:
 
 
 def _differ(
-  group: Asked, scores: Mapping[tuple[int, int], Future], samples: int
+  group: Asked,
+  scores: Mapping[tuple[int, int], Future],
+  scorers: Scorers,
+  samples: int,
 ) -> bool:
-  """Whether the rewards of a group do; waits for them."""
-  rewards = {
-    scores[group.position, sample].result().reward for sample in range(samples)
-  }
-  return len(rewards - {None}) > 1
+  """Whether the outcomes of a group do; waits for them."""
+  judged, _ = scorers.gather(
+    [scores[group.position, sample] for sample in range(samples)]
+  )
+  return len({score.outcome for score in judged} - {None}) > 1
+
+
+def _mean_reward(group: Sequence[Rollout]) -> float:
+  return float(np.mean([r.reward or 0.0 for r in group]))
+
+
+def balanced(means: Sequence[float], parts: int) -> list[int]:
+  """An order of groups in which equal parts have about equal sums of means.
+
+  Sorted, they are dealt to the parts to and fro.
+
+  >>> balanced([0.1, 0.9, 0.2, 0.8], 2)
+  [1, 0, 3, 2]
+  """
+  order = sorted(range(len(means)), key=lambda i: -means[i])
+  turn = [*range(parts), *reversed(range(parts))]
+  dealt = [[] for _ in range(parts)]
+  for place, group in enumerate(order):
+    dealt[turn[place % len(turn)]].append(group)
+  return [group for part in dealt for group in part]
 
 
 def score(
@@ -197,18 +226,22 @@ def _rewarded(
   """Waits for rewards; `time/hidden_share` of them were there already."""
   sampled = time.perf_counter()
   hidden = np.mean([score.done() for score in scores.values()])
-  rewards, failures = scorers.gather([scores[place] for place in rollouts])
+  judged, failures = scorers.gather([scores[place] for place in rollouts])
   scored = time.perf_counter()
   rewarded = {
-    place: dataclasses.replace(r, reward=None if r.failed else reward)
-    for (place, r), reward in zip(rollouts.items(), rewards, strict=True)
+    place: r
+    if r.failed
+    else dataclasses.replace(
+      r, reward=score.reward, outcome=score.outcome, parts=score.parts
+    )
+    for (place, r), score in zip(rollouts.items(), judged, strict=True)
   }
   tokens = sum(r.completion.length for r in rewarded.values())
   return rewarded, failures | {
     'time/rollout_s': sampled - started,
     'time/score_s': scored - sampled,
     'time/hidden_share': float(hidden),
-    'rollout/tokens_per_s': tokens / (sampled - started),
+    'time/rollout_tokens_per_s': tokens / (sampled - started),
     'rollout/failed': sum(r.failed for r in rewarded.values()),
   }
 
@@ -280,11 +313,16 @@ def summary(rollouts: Sequence[Rollout], samples: int) -> dict[str, float]:
   """
   rewards, valid, lengths = outcomes(rollouts, samples)
   scored = rewards[valid] if valid.any() else np.zeros(1, np.float32)
+  parts = collections.defaultdict(list)
+  for r in rollouts:
+    for name, value in r.parts.items():
+      parts[name].append(value)
   low = np.where(valid, rewards, np.inf).min(axis=1)
   high = np.where(valid, rewards, -np.inf).max(axis=1)
   return {
     'reward/mean': float(scored.mean()),
     'reward/std': float(scored.std()),
+    **{f'reward/parts/{k}': float(np.mean(x)) for k, x in parts.items()},
     'entropy/token_mean': float(
       np.concatenate([r.entropy for r in rollouts]).mean()
     ),
@@ -292,6 +330,7 @@ def summary(rollouts: Sequence[Rollout], samples: int) -> dict[str, float]:
       np.mean([r.entropy.mean() for r in rollouts])
     ),
     'length/mean': float(lengths.mean()),
+    'length/p50': float(np.median(lengths)),
     'length/max': int(lengths.max()),
     'length/clipped_share': float(
       np.mean([r.completion.truncated for r in rollouts])

@@ -4,6 +4,8 @@ Each worker process has a thread here that feeds it chunks of answers and waits
 for their rewards one by one, so that the deadline is per answer and the answer
 at fault is known when a worker hangs or dies. That answer is tried once more in
 a new process and then is unscorable; the others of its chunk are not touched.
+A task that judges in batches gets its answers of a chunk at one time; when that
+fails they are tried one by one, which leaves the one at fault.
 
 Not pebble or concurrent.futures: they share one pipe between the workers, so
 that a worker that dies with no answer in hand breaks the pool.
@@ -13,16 +15,19 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 import pickle
 import threading
+import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from jax_rlvr.records import Completion, Prompt
-from jax_rlvr.reward_process import RewardProcess, pickled
+from jax_rlvr.reward_process import RewardProcess, Score, pickled
 
 _log = logging.getLogger(__name__)
 
@@ -35,25 +40,16 @@ _STARTS = 3
 # Failures in full until the next gather, and the pace of signs of life.
 _LOGGED = 5
 _WAIT_LOG_S = 30.0
-
-
-class Score(NamedTuple):
-  """What became of an answer.
-
-  Attributes:
-    reward: None where there is none.
-    failure: 'timeout' or 'error' where it was given up; '' where the task
-      itself decided.
-  """
-
-  reward: float | None
-  failure: str = ''
+# Around the settling of futures: the batch deadline may have come first.
+_UNLESS_SETTLED = contextlib.suppress(concurrent.futures.InvalidStateError)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class _Answer:
+  task: str
   payload: bytes  # the pickled prompt and completion
   label: str  # for the log
+  alone: bool  # not in a batch
   future: concurrent.futures.Future
   tries: int = 0
 
@@ -64,39 +60,52 @@ class Scorers:
   Example:
     with Scorers([Addition()], workers=4) as scorers:
       futures = [scorers.submit(prompt, completion) for … in …]
-      rewards, counts = scorers.gather(futures)
+      scores, counts = scorers.gather(futures)
   """
 
   def __init__(
-    self, tasks: Sequence[Any], workers: int = 1, deadline_s: float = 10.0
+    self,
+    tasks: Sequence[Any],
+    workers: int = 1,
+    deadline_s: float = 10.0,
+    memory_limit_mb: int = 0,
+    batch_deadline_s: float = math.inf,
   ):
     """Checks the tasks; starts no process yet.
 
     Args:
-      tasks: objects with a `name` and a `reward(prompt, completion)`.
+      tasks: objects with a `name` and a `reward(prompt, completion)`: a finite
+        number, None, or a dict of numbers with 'reward' and perhaps 'outcome';
+        or with `rewards(prompts, completions)`, a list of these.
       workers: processes.
-      deadline_s: seconds a single reward may take before its process is killed.
+      deadline_s: seconds a reward may take before its process is killed; a
+        batch may take as many times that as it has answers.
+      memory_limit_mb: address space of a process; 0 for no limit. A reward that
+        wants more gets a MemoryError. Libraries with threads map gigabytes.
+      batch_deadline_s: seconds that `gather` may wait.
 
     Raises:
       ValueError: a name is taken twice, a number is not positive, or a fresh
         process could not load a task.
     """
-    if workers < 1:
-      raise ValueError(f'{workers=} processes for rewards; give 1 or more')
-    if not deadline_s > 0:
-      raise ValueError(f'{deadline_s=} for a reward; give seconds above 0')
+    if not (workers > 0 and deadline_s > 0 and batch_deadline_s > 0):
+      knobs = f'{workers=}, {deadline_s=}, {batch_deadline_s=}'
+      raise ValueError(f'{knobs}: give more than 0')
+    if memory_limit_mb < 0:
+      raise ValueError(f'{memory_limit_mb=}: give MiB, or 0 for no limit')
     self._tasks = {}
     for task in tasks:
       if task.name in self._tasks:
-        raise ValueError(
-          f'two tasks are called {task.name!r}; give one another name'
-        )
+        raise ValueError(f'two tasks are called {task.name!r}; rename one')
       self._tasks[task.name] = pickled(task)
+    self._batched = {task.name for task in tasks if hasattr(task, 'rewards')}
     self._deadline_s = deadline_s
+    self._batch_deadline_s = batch_deadline_s
+    self._memory_limit_mb = memory_limit_mb
     self._changed = threading.Condition()
-    # The condition guards what follows.
+    # The condition guards what follows; processes with what they are at.
     self._waiting: collections.deque[_Answer] = collections.deque()
-    self._workers: set[RewardProcess] = set()
+    self._workers: dict[RewardProcess, list[_Answer]] = {}
     self._closed = False
     self._logged = 0
     self._threads = [
@@ -127,6 +136,8 @@ class Scorers:
         f'there are {", ".join(self._tasks) or "none"}'
       )
     answer = _Answer(
+      task=prompt.task,
+      alone=prompt.task not in self._batched,
       payload=pickle.dumps((prompt, completion)),
       label=f'{prompt.task}, prompt {prompt.id!r}',
       future=concurrent.futures.Future(),
@@ -140,31 +151,47 @@ class Scorers:
 
   def gather(
     self, futures: Sequence[concurrent.futures.Future[Score]]
-  ) -> tuple[list[float | None], dict[str, int]]:
-    """Waits for rewards, in the order of the futures.
+  ) -> tuple[list[Score], dict[str, int]]:
+    """Waits for scores, in the order of the futures.
+
+    At the batch deadline the rest is unscorable and its processes are replaced.
 
     Returns:
-      The rewards, None where unscorable, and how many answers ran into the
-      deadline ('reward/timeouts'), failed in another way ('reward/errors'), and
-      have no reward for whatever reason ('reward/unscorable').
+      The scores, and how many answers ran into a deadline ('reward/timeouts'),
+      failed in another way ('reward/errors'), and have no reward for whatever
+      reason ('reward/unscorable').
 
     Raises:
       RuntimeError: worker processes do not start, or the scorers were closed.
     """
-    pending = set(futures)
-    while pending:
-      _, pending = concurrent.futures.wait(pending, timeout=_WAIT_LOG_S)
-      if pending:
-        _log.warning('waiting for %d of %d rewards', len(pending), len(futures))
+    end = time.monotonic() + self._batch_deadline_s
+    while pending := [future for future in futures if not future.done()]:
+      left = end - time.monotonic()
+      if left <= 0:
+        self._give_up(pending)
+        break
+      _, late = concurrent.futures.wait(pending, min(left, _WAIT_LOG_S))
+      if late:
+        _log.warning('waiting for %d of %d rewards', len(late), len(futures))
     scores = [future.result() for future in futures]
     with self._changed:
       self._logged = 0
     failures = collections.Counter(score.failure for score in scores)
-    return [score.reward for score in scores], {
+    return scores, {
       'reward/timeouts': failures['timeout'],
       'reward/errors': failures['error'],
       'reward/unscorable': sum(score.reward is None for score in scores),
     }
+
+  def _give_up(self, futures: list[concurrent.futures.Future]) -> None:
+    _log.warning('no time for %d rewards: unscorable', len(futures))
+    with self._changed:
+      for future in futures:
+        with _UNLESS_SETTLED:
+          future.set_result(Score(None, 'timeout'))
+      for worker, answers in self._workers.items():
+        if any(answer.future.done() for answer in answers):
+          worker.stop()
 
   def close(self) -> None:
     """Kills the processes; answers still without a reward get none."""
@@ -172,13 +199,12 @@ class Scorers:
       self._closed = True
       self._changed.notify_all()
       for worker in self._workers:
-        worker.process.kill()
+        worker.stop()
     for thread in self._threads:
       thread.join()
-    while self._waiting:
-      future = self._waiting.popleft().future
-      if not future.cancelled():
-        future.set_exception(RuntimeError('the scorers were closed'))
+    for answer in self._waiting:
+      with _UNLESS_SETTLED:
+        answer.future.set_exception(RuntimeError('the scorers were closed'))
 
   def _work(self) -> None:
     """What each thread does: keeps one process busy."""
@@ -192,7 +218,8 @@ class Scorers:
         worker = worker or self._start()
       except RuntimeError as error:
         for answer in chunk:
-          answer.future.set_exception(error)
+          with _UNLESS_SETTLED:
+            answer.future.set_exception(error)
         continue
       if not self._score(worker, chunk):
         self._discard(worker)
@@ -209,44 +236,48 @@ class Scorers:
           return []
         share = math.ceil(len(self._waiting) / len(self._threads))
         taken = [self._waiting.popleft() for _ in range(min(share, _CHUNK))]
-        chunk = [
-          answer
-          for answer in taken
-          # Runs already when tried before; False when cancelled by its owner.
-          if answer.future.running()
-          or answer.future.set_running_or_notify_cancel()
-        ]
-        if chunk:
+        if chunk := [a for a in taken if not a.future.done()]:
           return chunk
 
   def _score(self, worker: RewardProcess, chunk: list[_Answer]) -> bool:
     """Settles what it can of a chunk; False when the process is useless."""
-    left = collections.deque(chunk)
+    calls: dict[Any, list[_Answer]] = {}
+    for a in [a for a in chunk if not a.future.done()]:
+      calls.setdefault(a if a.alone else a.task, []).append(a)
+    left, useless, failed = collections.deque(calls.values()), False, []
     try:
-      worker.send([answer.payload for answer in chunk])
-      while left:
-        reward, error = worker.receive(self._deadline_s)
-        answer = left.popleft()
-        if error:
-          self._failed(answer, 'error', error)
-        else:
-          answer.future.set_result(Score(reward))
-      return True
+      worker.send([(c[0].task, [a.payload for a in c]) for c in left])
+      while left and not useless:
+        count = len(left[0])
+        with self._changed:
+          self._workers[worker] = left[0]
+          if any(answer.future.done() for answer in left[0]):
+            worker.stop()  # nobody waits for that any more
+        scores, useless = worker.receive(self._deadline_s * count, count)
+        for answer, score in zip(left.popleft(), scores, strict=True):
+          if isinstance(score, str):
+            failed.append((answer, 'error', score))
+          else:
+            with _UNLESS_SETTLED:
+              answer.future.set_result(score)
     except (TimeoutError, ChildProcessError) as error:
-      late = isinstance(error, TimeoutError)
-      culprit = left.popleft()
-      with self._changed:
-        self._waiting.extendleft(reversed(left))
-        self._changed.notify_all()
-      self._failed(culprit, 'timeout' if late else 'error', str(error))
-      return False
+      useless = True
+      if not worker.stopped:  # else we ended it, and nobody is to blame
+        how = 'timeout' if isinstance(error, TimeoutError) else 'error'
+        failed += [(answer, how, str(error)) for answer in left.popleft()]
+    with self._changed:
+      self._workers[worker] = []
+      self._waiting.extendleft(reversed([*itertools.chain(*left)]))
+      self._changed.notify_all()
+    for failure in failed:  # they come first, and so in a new process
+      self._failed(*failure)
+    return not useless
 
   def _failed(self, answer: _Answer, failure: str, reason: str) -> None:
-    """Has an answer tried once more, or gives it up."""
-    answer.tries += 1
+    """Has an answer tried once more, by itself, or gives it up."""
+    answer.tries += answer.alone  # else another may be at fault
+    answer.alone, again = True, answer.tries < _TRIES
     with self._changed:
-      # Once closed, processes die by our own hand: close() settles the answer.
-      again = answer.tries < _TRIES or self._closed
       if self._logged < _LOGGED and not self._closed:
         self._logged += 1
         what = 'trying once more' if again else 'unscorable'
@@ -254,33 +285,35 @@ class Scorers:
       if again:
         self._waiting.appendleft(answer)
         self._changed.notify()
-    if not again:
-      answer.future.set_result(Score(None, failure))
+      else:
+        with _UNLESS_SETTLED:
+          answer.future.set_result(Score(None, failure))
 
   def _start(self) -> RewardProcess:
     """A new process that is ready; RuntimeError where none can be had."""
     for _ in range(_STARTS):
       worker = None
       try:
-        worker = RewardProcess()
+        worker = RewardProcess(self._memory_limit_mb)
         with self._changed:
-          self._workers.add(worker)
+          self._workers[worker] = []
           if self._closed:
-            worker.process.kill()
+            worker.stop()
         worker.send(self._tasks)
-        _, error = worker.receive(_START_DEADLINE_S)
-        if not error:
+        (reason,), _ = worker.receive(_START_DEADLINE_S)
+        if not isinstance(reason, str):
           return worker
-      except OSError as problem:
-        error = str(problem)
+      except OSError as error:
+        reason = str(error)
       if worker:
         self._discard(worker)
       if self._closed:
         raise RuntimeError('the scorers were closed')
-      _log.warning('a reward process did not start: %s', error)
-    raise RuntimeError(f'reward processes do not start: {error}')
+      _log.warning('a reward process did not start: %s', reason)
+    raise RuntimeError(f'reward processes do not start: {reason}')
 
   def _discard(self, worker: RewardProcess) -> None:
     with self._changed:
-      self._workers.discard(worker)
-    worker.kill()
+      self._workers.pop(worker)
+    if not worker.kill():
+      _log.warning('processes that a reward started do not end')

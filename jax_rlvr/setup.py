@@ -6,6 +6,7 @@ What can be refused is refused here, before anything compiles.
 from __future__ import annotations
 
 import functools
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from rich.console import Console
 from jax_rlvr import (
   checkpoint,
   config,
+  evaluate,
+  manifest,
   metrics,
   packing,
   policy,
@@ -27,13 +30,14 @@ from jax_rlvr import (
   sft,
 )
 from jax_rlvr import mesh as layouts
+from jax_rlvr import stream as streams
 from jax_rlvr.actor import Actor
 from jax_rlvr.checkpoint import Checkpoints
-from jax_rlvr.config import Config, ConfigError, WarmUp
+from jax_rlvr.config import Config, ConfigError, Task, WarmUp
 from jax_rlvr.policy import attention
 from jax_rlvr.policy_gradient import token_gradients
 from jax_rlvr.prng import Stream
-from jax_rlvr.records import Prompt, TokenStats, TrainState
+from jax_rlvr.records import Prompt, Tokens, TokenStats, TrainState
 from jax_rlvr.sampling import stops
 from jax_rlvr.update import make_update
 
@@ -42,26 +46,35 @@ class Setup(NamedTuple):
   """All that a run needs beside its state.
 
   Attributes:
-    config: its knobs.
+    recipe: where its knobs come from.
     actor: completes prompts.
     backend: of attention, in the update.
-    prompts: trained on, of all tasks.
+    prompts: trained on, of each task.
+    dropped: (id, tokens) of those that are too long, of each task.
+    stream: stream[i] is the prompt at position i, for any i.
     pretrained: weights to start from, still in their files; or None.
-    workdir: the run directory.
     console: where to show progress.
   """
 
-  config: Config
+  recipe: config.Recipe
   actor: Actor
   backend: attention.Backend
-  prompts: list[Prompt]
+  prompts: list[Sequence[Prompt]]
+  dropped: list[Sequence[tuple[str, int]]]
+  stream: Any
   pretrained: policy.Pretrained | None
-  workdir: pathlib.Path
   console: Console
 
+  @property
+  def config(self) -> Config:
+    """The knobs of the run."""
+    return self.recipe.config
 
-def prepare(spec: str, workdir: pathlib.Path, console: Console) -> Setup:
+
+def prepare(spec: str, console: Console) -> Setup:
   """Meets every error that can be met before anything compiles.
+
+  Leaves nothing on the disk.
 
   Raises:
     ConfigError, ValueError, OSError, ImportError: one line that names the
@@ -92,13 +105,16 @@ def prepare(spec: str, workdir: pathlib.Path, console: Console) -> Setup:
       f'but the policy was made for {shape.max_tokens}; lower one of them'
     )
   _check_filters(c)
-  for task in c.eval_tasks or c.tasks:
-    _checked(task, 'test', tokenizer, None)
-  prompts = [
-    prompt
-    for task in c.tasks
-    for prompt in _checked(task, 'train', tokenizer, c.max_prompt_tokens)
-  ]
+  prompts, dropped = [], []
+  for task in c.tasks:
+    kept, long = streams.fitting(
+      _prompts(task),
+      lambda prompt: tokenizer.render(prompt.messages),
+      c.max_prompt_tokens,
+      c.long_prompts,
+    )
+    prompts.append(kept)
+    dropped.append(long)
   mesh = layouts.make(slices=c.slices, fsdp=c.fsdp, tensor=c.tensor)
   dtype = layouts.compute_dtype(c.compute_dtype, mesh)
   backend = attention.choose(c.attention, shape, dtype, mesh)
@@ -113,16 +129,30 @@ def prepare(spec: str, workdir: pathlib.Path, console: Console) -> Setup:
   stops(tokenizer, c.stop)
   engine = actor.engine(c.max_prompt_tokens, c.max_completion_tokens)
   engine.check()
-  checkpoint.write_manifest(workdir, recipe, shape, tokenizer)
-  return Setup(c, actor, backend, prompts, pretrained, workdir, console)
+  evaluate.check(actor, c.evaluations, c.max_completion_tokens)
+  stream = streams.stream(prompts, c.seed, c.weights)
+  return Setup(
+    recipe, actor, backend, prompts, dropped, stream, pretrained, console
+  )
 
 
 def _check_filters(c: Config) -> None:
   """Traces the chain on the shapes it will see: what it lacks shows here."""
   nothing = rollout.tokens([], np.zeros(0), c.sequence_tokens)
+  frozen = nothing._replace(ref_logprob=nothing.old_logprob)
+  try:
+    _trace_filters(c, frozen if c.reference else nothing)
+  except ValueError as error:
+    if 'tokens.ref_logprob' in str(error):
+      raise ConfigError(f'{error}; give reference=True') from None
+    raise
+
+
+def _trace_filters(c: Config, nothing: Tokens) -> None:
   sequences = c.prompts_per_step // c.inner_steps * c.group_size
   tokens = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((sequences, *x.shape[1:]), x.dtype), nothing
+    lambda x: jax.ShapeDtypeStruct((sequences, *x.shape[1:]), x.dtype),
+    nothing,
   )
   extras = dict.fromkeys(c.token_extras, tokens.old_logprob)
   stats = TokenStats(tokens.old_logprob, tokens.old_entropy, **extras)
@@ -135,24 +165,41 @@ def _check_filters(c: Config) -> None:
   )
 
 
-def _checked(task, split, tokenizer, limit) -> Sequence[Prompt]:
-  """The prompts of a split: some, none of them longer than the limit."""
-  prompts = task.prompts(split)
+def _prompts(task: Task) -> Sequence[Prompt]:
+  prompts = task.prompts('train')
   if not len(prompts):
     raise ConfigError(
-      f'task {task.name!r} has no {split} prompts; check its arguments'
+      f'task {task.name!r} has no train prompts; check its arguments'
     )
-  for prompt in prompts if limit else ():
-    length = len(tokenizer.render(prompt.messages))
-    if length > limit:
-      raise ConfigError(
-        f'prompt {prompt.id!r} of task {task.name!r} has {length} tokens, more '
-        f'than max_prompt_tokens={limit}; raise it'
-      )
   return prompts
 
 
-def start(setup: Setup, checkpoints: Checkpoints) -> TrainState:
+def record(setup: Setup, workdir: pathlib.Path) -> None:
+  """Writes into the run directory what a run is.
+
+  Raises:
+    ConfigError: it holds another run.
+    OSError: it cannot be written.
+  """
+  c, actor = setup.config, setup.actor
+  manifest.write(workdir, setup.recipe, actor.policy, actor.tokenizer)
+  rows = [
+    {'task': task.name, 'prompt': name, 'tokens': tokens}
+    for task, dropped in zip(c.tasks, setup.dropped, strict=True)
+    for name, tokens in dropped
+  ]
+  if rows:
+    text = ''.join(json.dumps(row) + '\n' for row in rows)
+    (workdir / 'dropped.jsonl').write_text(text)
+    setup.console.print(
+      f'{len(rows)} prompts of more than {c.max_prompt_tokens} tokens are left '
+      f'out: {workdir / "dropped.jsonl"}'
+    )
+
+
+def start(
+  setup: Setup, workdir: pathlib.Path, checkpoints: Checkpoints
+) -> TrainState:
   """The state to go on from: the last checkpoint, or the warm-up's end."""
   c, actor = setup.config, setup.actor
   if setup.pretrained is None:
@@ -165,7 +212,7 @@ def start(setup: Setup, checkpoints: Checkpoints) -> TrainState:
       layouts.shardings(actor.mesh, abstract, layouts.TRAINING)
     )
   if c.warm_up and not checkpoints.steps():
-    params = _warm_up(setup, c.warm_up, params)
+    params = _warm_up(setup, workdir, c.warm_up, params)
   # State of filters is batch-level: any [B, T] will do.
   stats: Any = TokenStats(*jnp.zeros((2, 1, 1), jnp.float32))
   state = TrainState(
@@ -175,16 +222,47 @@ def start(setup: Setup, checkpoints: Checkpoints) -> TrainState:
     optimizer=jax.jit(c.optimizer.init)(params),
     filters=c.filters.init(stats),
   )
-  if checkpoints.steps():
-    state = checkpoints.restore(checkpoint.abstract_like(state))
-    setup.console.print(f'going on from the checkpoint of step {state.step}')
-  return state
+  if not checkpoints.steps():
+    return reset_reference(setup, workdir, state) if c.reference else state
+  state = checkpoints.restore(checkpoint.abstract_like(state))
+  setup.console.print(f'going on from the checkpoint of step {state.step}')
+  if not c.reference:
+    return state
+  frozen = jax.eval_shape(lambda p: policy.cast(p, actor.dtype), params)
+  abstract = layouts.abstract(actor.mesh, frozen, layouts.TRAINING)
+  return state._replace(
+    reference=checkpoint.read_reference(workdir, int(state.step), abstract)
+  )
 
 
-def _warm_up(setup: Setup, settings: WarmUp, params: Any) -> Any:
+def reset_reference(
+  setup: Setup,
+  workdir: pathlib.Path,
+  state: TrainState,
+  oldest: int | None = None,
+) -> TrainState:
+  """The state with its own policy as the reference policy, which is saved.
+
+  Args:
+    setup: of the run.
+    workdir: of the run.
+    state: whose params to keep.
+    oldest: step of the oldest checkpoint; references that none needs any more
+      are deleted.
+  """
+  # A copy even where nothing is cast: params are donated.
+  copied = jax.tree.map(jnp.copy, state.params)
+  reference = jax.jit(policy.cast, static_argnums=1)(copied, setup.actor.dtype)
+  checkpoint.save_reference(workdir, int(state.step), reference, oldest)
+  return state._replace(reference=reference)
+
+
+def _warm_up(
+  setup: Setup, workdir: pathlib.Path, settings: WarmUp, params: Any
+) -> Any:
   c, actor = setup.config, setup.actor
   with (
-    Checkpoints(setup.workdir / 'warm_up', keep=1) as checkpoints,
+    Checkpoints(workdir / 'warm_up', keep=1) as checkpoints,
     metrics.progress(setup.console) as progress,
   ):
     bar = progress.add_task('warm-up', total=settings.steps, note='')
@@ -249,7 +327,7 @@ def resolved(setup: Setup) -> rich.table.Table:
   for name, value in {
     'parameters': f'{count:,}',
     'tasks': ', '.join(task.name for task in c.tasks),
-    'train prompts': f'{len(setup.prompts):,}',
+    'train prompts': f'{sum(map(len, setup.prompts)):,}',
     'steps': c.steps,
     'prompts per step': c.prompts_per_step,
     'group size': c.group_size,
@@ -269,3 +347,48 @@ def resolved(setup: Setup) -> rich.table.Table:
   }.items():
     table.add_row(name, str(value))
   return table
+
+
+def memory(setup: Setup) -> rich.table.Table:
+  """What a run holds on each device; activations come on top.
+
+  `plan` compiles the programs and knows these too.
+  """
+  c, actor = setup.config, setup.actor
+  params = policy.abstract_params(actor.policy)
+  cut = layouts.shardings(actor.mesh, params, layouts.TRAINING)
+  weights = layouts.bytes_per_device(params, cut)
+  count = sum(x.size for x in jax.tree.leaves(params))
+  moments = sum(
+    x.size * x.dtype.itemsize
+    for x in jax.tree.leaves(jax.eval_shape(c.optimizer.init, params))
+  )
+  # Its arrays are cut as the parameters they belong to.
+  optimizer = moments * weights // (4 * count)
+  frozen = jax.eval_shape(lambda p: policy.cast(p, actor.dtype), params)
+  computed = layouts.bytes_per_device(frozen, cut)
+  reference = computed if c.reference else 0
+  held = weights + optimizer + reference
+  engine = actor.engine(c.max_prompt_tokens, c.max_completion_tokens)
+  room = layouts.memory(actor.mesh)
+  table = rich.table.Table('GiB a device', '', title='memory')
+  for name, size in {
+    'weights': weights,
+    'optimizer state': optimizer,
+    'reference policy': reference,
+    'gradients': weights,
+    'weights in the compute type': computed,
+    'update, activations aside': held + weights + computed,
+    'rollout: weights to sample with, cache': engine.bytes_per_device,
+    'rollout, activations aside': held + engine.bytes_per_device,
+    'there is': room,
+  }.items():
+    table.add_row(name, '?' if size is None else f'{size / 2**30:.2f}')
+  return table
+
+
+def first_prompt(setup: Setup) -> str:
+  """The first prompt of the run as the policy reads it."""
+  prompt, tokenizer = setup.stream[0], setup.actor.tokenizer
+  ids = tokenizer.render(prompt.messages)
+  return f'prompt {prompt.id!r}, {len(ids)} tokens: {tokenizer.decode(ids)!r}'

@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Sequence
 
-import grain
 import jax
 import numpy as np
 from rich.console import Console
@@ -27,45 +26,72 @@ from jax_rlvr import evaluate, metrics, prng, rollout
 from jax_rlvr.actor import Interrupted
 from jax_rlvr.checkpoint import Checkpoints
 from jax_rlvr.config import ConfigError
+from jax_rlvr.policy import PolicyConfig
 from jax_rlvr.prng import Stream
 from jax_rlvr.records import Rollout, TrainState
 from jax_rlvr.sampling import Progress
 from jax_rlvr.scoring import Scorers
-from jax_rlvr.setup import Setup, prepare, resolved, start, update_of
+from jax_rlvr.setup import (
+  Setup,
+  first_prompt,
+  memory,
+  prepare,
+  record,
+  reset_reference,
+  resolved,
+  start,
+  update_of,
+)
 
 
 def train(
-  setup: Setup, state: TrainState, scorers: Scorers, checkpoints: Checkpoints
+  setup: Setup,
+  workdir: pathlib.Path,
+  state: TrainState,
+  scorers: Scorers,
+  checkpoints: Checkpoints,
 ) -> TrainState:
   """Runs the steps that the state has not seen.
 
   Raises:
     Interrupted: by a signal; the state is saved.
+    ConfigError: a checkpoint cannot be written, or there is no such score to
+      keep the best by.
   """
-  c, actor, workdir = setup.config, setup.actor, setup.workdir
+  c, actor = setup.config, setup.actor
   update = update_of(setup)
-  stream = (
-    grain.MapDataset.source(setup.prompts).seed(c.seed).shuffle().repeat()
-  )
   first = int(state.step)
-  begun = bool(checkpoints.steps())
-  rows = metrics.Rows(workdir / 'metrics.jsonl', keep_to=first)
-  scores = metrics.Rows(workdir / 'eval.jsonl', keep_to=first if begun else -1)
-  if not begun:
-    checkpoints.save(state)
-  with metrics.progress(setup.console) as bars, _Stop() as stop:
+  with (
+    metrics.Log(
+      workdir, step=first, evaluated=bool(checkpoints.steps()), wandb=c.wandb
+    ) as log,
+    metrics.progress(setup.console) as bars,
+    _Stop() as stop,
+  ):
     bar = bars.add_task('train', total=c.steps, completed=first, note='')
     watch = functools.partial(_watch, bars, bars.add_task('', note=''), stop)
+    evaluated = functools.partial(
+      _evaluate, setup, workdir, scorers, log, watch
+    )
+    late = []  # rows: written while the next update runs
+
+    def settle():
+      while late:
+        log.step(*late.pop())
+
+    def is_due(step, every):
+      return step in (0, c.steps) or step % every == 0
+
+    scores = None
     try:
-      for step in range(first, c.steps + 1):
-        due = step in (0, c.steps) or step % c.eval_every == 0
-        if due and step not in scores.steps:
-          _evaluate(setup, state, scorers, scores, watch)
-        if step == c.steps:
-          break
+      if is_due(first, c.eval_every) and first not in log.scores.steps:
+        scores = evaluated(state)
+      if not checkpoints.steps():
+        checkpoints.save(state, scores)
+      for step in range(first, c.steps):
         key = prng.key(c.seed, Stream.STEP, step)
         rollouts, state, measured = rollout.collect(
-          state, stream, actor, scorers, c, watch
+          state, setup.stream, actor, scorers, c, watch
         )
         outcomes = rollout.outcomes(rollouts, c.group_size)
         advantages = c.advantage(*outcomes) if rollouts else np.zeros(0)
@@ -78,25 +104,50 @@ def train(
         )
         started = time.perf_counter()
         state, inner = update(state, tokens, key)
+        settle()
+        _write_rollouts(workdir, step + 1, rollouts, advantages)
         measured |= metrics.reduce(jax.device_get(inner))
-        measured['time/update_s'] = time.perf_counter() - started
+        measured |= _speed(actor.policy, rollouts, started, measured)
         state = state._replace(step=np.int32(step + 1))
+        late.append((step + 1, measured))
 
-        rows.write({'step': step + 1} | measured)
-        _write_rollouts(workdir, step + 1, rollouts)
         bars.update(bar, advance=1, note=_note(measured))
         if (step + 1) % max(1, c.steps // 10) == 0:
           bars.console.print(f'step {step + 1:>5}  {_note(measured)}')
-        if step + 1 == c.steps or (step + 1) % c.checkpoint_every == 0:
-          checkpoints.save(state)
+        if c.reference_every and (step + 1) % c.reference_every == 0:
+          oldest = min(checkpoints.steps(), default=0)
+          state = reset_reference(setup, workdir, state, oldest)
+        scores = None
+        if is_due(step + 1, c.eval_every):
+          scores = evaluated(state)
+        if is_due(step + 1, c.checkpoint_every):
+          settle()
+          checkpoints.save(state, scores)
     except Interrupted:
+      settle()
       checkpoints.wait()
       if int(state.step) not in checkpoints.steps():
         checkpoints.save(state)
       raise Interrupted(f'step {int(state.step)}') from None
-    finally:
-      checkpoints.wait()
+    checkpoints.wait()
   return state
+
+
+def _speed(
+  shape: PolicyConfig, rollouts: Sequence[Rollout], started: float, measured
+) -> dict[str, float]:
+  """Of an update that has just ended, and of the rollout before it.
+
+  Model FLOPs are those of the policy's matrix products and attention, three
+  times forward for an update; recomputation and padding do not count.
+  """
+  seconds = time.perf_counter() - started
+  lengths = [len(r.prompt_ids) + len(r.ids) for r in rollouts]
+  return {
+    'time/update_s': seconds,
+    'time/update_tokens_per_s': sum(lengths) / seconds,
+    'time/update_model_flops_per_s': 3 * shape.forward_flops(lengths) / seconds,
+  }
 
 
 def _watch(bars, bar, stop: _Stop, progress: Progress) -> None:
@@ -112,61 +163,76 @@ def _watch(bars, bar, stop: _Stop, progress: Progress) -> None:
   )
 
 
-def _evaluate(setup, state, scorers, scores, watch) -> None:
+def _evaluate(setup, workdir, scorers, log, watch, state) -> dict[str, float]:
   c = setup.config
   started = time.perf_counter()
-  measured, rollouts = evaluate.run(
+  measured, questions = evaluate.run(
     setup.actor,
     state.params,
-    c.eval_tasks or c.tasks,
+    c.evaluations,
     scorers,
     key=prng.key(c.seed, Stream.EVALUATE, int(state.step)),
-    prompts=c.eval_prompts,
-    samples=c.eval_samples,
-    temperature=c.eval_temperature,
     max_completion_tokens=c.max_completion_tokens,
     max_prompt_tokens=c.max_prompt_tokens,
-    transform=c.eval_transform,
-    stop=c.stop,
     on_progress=watch,
   )
-  measured['time/eval_s'] = time.perf_counter() - started
-  scores.write({'step': int(state.step)} | measured)
+  if c.keep_best and c.keep_best not in measured:
+    raise ConfigError(
+      f'keep_best={c.keep_best!r} is no score; there are {", ".join(measured)}'
+    )
+  log.evaluation(
+    int(state.step), measured | {'time/eval_s': time.perf_counter() - started}
+  )
+  evaluate.write(workdir / 'eval' / f'{int(state.step):06d}.jsonl', questions)
   setup.console.print(f'held out, after {int(state.step)} steps:')
-  setup.console.print(evaluate.table(measured))
-  for r in rollouts[:: max(1, len(rollouts) // 3)][:3]:
+  setup.console.print(evaluate.tables(measured))
+  for each in questions[:: max(1, len(questions) // 3)][:3]:
+    r = each.rollouts[0]
     question = r.prompt.messages[-1]['content']
     setup.console.print(
       f'  reward {r.reward}: {question!r} → {r.completion.text!r}',
       markup=False, highlight=False,
     )  # fmt: skip
+  return measured
 
 
 def _note(measured) -> str:
   return (
     f'reward {measured["reward/mean"]:.3f}  '
     f'entropy {measured["entropy/token_mean"]:.3f}  '
-    f'{measured["rollout/tokens_per_s"]:.0f} tokens/s'
+    f'{measured["time/rollout_tokens_per_s"]:.0f} tokens/s'
   )
 
 
 def _write_rollouts(
-  workdir: pathlib.Path, step: int, rollouts: Sequence[Rollout]
+  workdir: pathlib.Path,
+  step: int,
+  rollouts: Sequence[Rollout],
+  advantages: np.ndarray,
 ) -> None:
   """A sample of a step's completions, one JSON object a line."""
   folder = workdir / 'rollouts'
   folder.mkdir(exist_ok=True)
   with (folder / f'{step:06d}.jsonl').open('w') as file:
-    for r in rollouts[:: max(1, len(rollouts) // 16)]:
+    for i in range(0, len(rollouts), max(1, len(rollouts) // 16)):
+      r = rollouts[i]
       row = {
         'task': r.prompt.task,
         'prompt': r.prompt.id,
         'completion': r.completion.text,
         'truncated': r.completion.truncated,
         'reward': r.reward,
-        'entropy': float(r.entropy.mean()),
+        'parts': dict(r.parts),
+        'advantage': float(advantages.flat[i]),
+        'ids': r.ids.tolist(),
+        'logprob': _rounded(r.logprob),
+        'entropy': _rounded(r.entropy),
       }
       file.write(json.dumps(row) + '\n')
+
+
+def _rounded(nats: np.ndarray) -> list[float]:
+  return [round(float(x), 4) for x in nats]
 
 
 class _Stop:
@@ -202,23 +268,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('--config', required=True, help='recipe.py[:key=value,…]')
-  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser.add_argument('--workdir', type=pathlib.Path)
+  parser.add_argument(
+    '--dry_run', action='store_true', help='check all, show all, train nothing'
+  )
   arguments = parser.parse_args(argv)
+  if not arguments.dry_run and arguments.workdir is None:
+    parser.error('--workdir is required')
   console = Console()
-  workdir = arguments.workdir
   try:
-    setup = prepare(arguments.config, workdir, console)
+    setup = prepare(arguments.config, console)
     c = setup.config
-    scorers = Scorers(c.tasks_scored, c.scorers, c.reward_deadline_s)
+    if arguments.dry_run:
+      console.print(resolved(setup))
+      console.print(memory(setup))
+      console.print(first_prompt(setup), markup=False, highlight=False)
+      return 0
+    workdir = arguments.workdir
+    scorers = Scorers(
+      c.tasks_scored,
+      c.scorers,
+      c.reward_deadline_s,
+      c.reward_memory_mb,
+      c.batch_deadline_s,
+    )
+    record(setup, workdir)
   except (ValueError, OSError, ImportError) as error:
     return _refused(error)
   console.print(resolved(setup))
   try:
     with (
       scorers,
-      Checkpoints(workdir / 'checkpoints', c.keep_checkpoints) as checkpoints,
+      Checkpoints(
+        workdir / 'checkpoints',
+        c.keep_checkpoints,
+        keep_every=c.keep_every,
+        keep_best=c.keep_best,
+      ) as checkpoints,
     ):
-      train(setup, start(setup, checkpoints), scorers, checkpoints)
+      state = start(setup, workdir, checkpoints)
+      train(setup, workdir, state, scorers, checkpoints)
   except ConfigError as error:
     return _refused(error)
   except Interrupted as stopped:

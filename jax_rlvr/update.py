@@ -99,7 +99,7 @@ def make_update(
       packed = pack(part, row_tokens, rows, shards, share_prompts)
       params, opt_state, filter_state, scalars = inner_step(
         params, opt_state, filter_state, place(part), place(packed),
-        jax.random.fold_in(key, i), i == 0,
+        jax.random.fold_in(key, i), state.reference, i == 0,
       )  # fmt: skip
       measured.append(scalars)
     state = state._replace(
@@ -126,9 +126,10 @@ def make_inner_step(
 ):
   """Builds the jitted inner step of `make_update`, where args are described.
 
-  `inner_step(params, opt_state, filter_state, tokens, rows, key, first) ->
-  (params, opt_state, filter_state, scalars)` takes an inner batch both as
-  Tokens and packed. Params and optimizer state are donated; `first`, whether
+  `inner_step(params, opt_state, filter_state, tokens, rows, key, reference,
+  first) -> (params, opt_state, filter_state, scalars)` takes an inner batch
+  both as Tokens and packed. Params and optimizer state are donated;
+  `reference` are the params of the reference policy, or None; `first`, whether
   the weights are those that sampled, is static.
   """
   stats_of = functools.partial(
@@ -139,12 +140,14 @@ def make_inner_step(
     backend=backend,
   )
 
-  @functools.partial(jax.jit, donate_argnums=(0, 1), static_argnums=(6,))
-  def inner_step(params, opt_state, filter_state, tokens, packed, key, first):
+  @functools.partial(jax.jit, donate_argnums=(0, 1), static_argnums=(7,))
+  def inner_step(
+    params, opt_state, filter_state, tokens, packed, key, reference, first
+  ):
     return _inner_step(
       stats_of, filters, optimizer, microbatch_rows, dtype, tuple(extras),
-      shards, params, opt_state, filter_state, tokens, packed, key, first,
-      first and on_policy,
+      shards, params, opt_state, filter_state, tokens, packed, key, reference,
+      first, first and on_policy,
     )  # fmt: skip
 
   return inner_step
@@ -152,9 +155,15 @@ def make_inner_step(
 
 def _inner_step(
   stats_of, filters, optimizer, microbatch_rows, dtype, extras, shards,
-  params, opt_state, filter_state, tokens, packed, key, first, on_policy,
+  params, opt_state, filter_state, tokens, packed, key, reference, first,
+  on_policy,
 ):  # fmt: skip
   shape = tokens.mask.shape
+  if reference is not None:
+    frozen = _stats_by_microbatch(
+      stats_of, reference, packed, shape, microbatch_rows, shards
+    )
+    tokens = tokens._replace(ref_logprob=frozen.logprob)
   sampled = TokenStats(tokens.old_logprob, tokens.old_entropy)
   sampler = tokens.old_logprob
   if tokens.fresh is not None:

@@ -1,7 +1,5 @@
 """What a run leaves on disk comes back as it was."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +7,12 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from jax_rlvr import checkpoint, policy
 from jax_rlvr import mesh as layouts
+from jax_rlvr import policy
 from jax_rlvr.checkpoint import Checkpoints, abstract_like
-from jax_rlvr.config import ConfigError, Recipe
+from jax_rlvr.config import ConfigError
 from jax_rlvr.filters import clip_ratio, token_mean, tracked
 from jax_rlvr.records import TokenStats, TrainState
-from jax_rlvr.tasks import Addition, Arithmetic
 from tests.test_config import small
 
 CONFIG = small()
@@ -131,93 +128,7 @@ def test_damaged_checkpoint_is_named(tmp_path):
       damaged += 1
   assert damaged
   with Checkpoints(tmp_path) as checkpoints:
-    with pytest.raises(ConfigError, match='cannot be read') as caught:
+    with pytest.raises(ConfigError, match='is damaged') as caught:
       checkpoints.restore(abstract_like(state))
   assert str(tmp_path / '3') in str(caught.value)
   assert '\n' not in str(caught.value)
-
-
-def recipe(name='a.py', source='text', config=CONFIG, **overrides) -> Recipe:
-  return Recipe(config=config, name=name, source=source, overrides=overrides)
-
-
-def write(workdir, run):
-  c = run.config
-  checkpoint.write_manifest(workdir, run, c.policy, c.tokenizer)
-
-
-def test_manifest_comes_back(tmp_path):
-  tasks = (
-    Addition(digits=1, held_out=10, name='sums'),
-    Arithmetic(operations=('add', 'gcd')),
-  )
-  config = small(eval_tasks=tasks, eval_temperature=0.5, seed=4)
-  write(tmp_path / 'run', recipe(config=config, lr=1e-3))
-  manifest = checkpoint.read_manifest(tmp_path / 'run')
-  assert manifest.policy == CONFIG.policy
-  assert manifest.tokenizer == CONFIG.tokenizer
-  assert [dataclasses.asdict(t) for t in manifest.tasks] != []
-  assert manifest.tasks[0] == tasks[0]
-  for saved, task in zip(manifest.tasks, tasks, strict=True):
-    assert saved.name == task.name
-    assert list(saved.prompts('test'))[:5] == list(task.prompts('test'))[:5]
-  assert manifest.sampling['eval_temperature'] == 0.5
-  assert manifest.sampling['seed'] == 4
-  assert (tmp_path / 'run' / 'recipe.py').read_text() == 'text'
-
-
-def test_every_shape_survives_the_manifest(tmp_path):
-  # Nested and tuple fields are lists and objects in JSON.
-  for name in ('llama-3.1-8b', 'gemma-3-27b'):
-    config = small(policy=policy.SHAPES[name])
-    write(tmp_path / name, recipe(config=config))
-    saved, _ = checkpoint.read_policy(tmp_path / name)
-    assert saved == policy.SHAPES[name]
-    assert hash(saved) == hash(policy.SHAPES[name])
-
-
-def test_manifest_names_the_train_tasks_where_no_others_are_evaluated(tmp_path):
-  write(tmp_path, recipe())
-  assert checkpoint.read_manifest(tmp_path).tasks == CONFIG.tasks
-
-
-def test_more_steps_may_be_asked_of_a_run(tmp_path):
-  write(tmp_path, recipe(lr=1.0, steps=5))
-  write(tmp_path, recipe(lr=1.0, steps=9))
-  write(tmp_path, recipe(lr=1.0))
-
-
-@pytest.mark.parametrize(
-  'other',
-  [
-    recipe(name='b.py', lr=1.0),
-    recipe(lr=2.0),
-    recipe(lr=1.0, seed=1),
-    recipe(),
-    recipe(lr=1.0, source='edited'),
-  ],
-  ids=['name', 'value', 'added', 'removed', 'source'],
-)
-def test_work_directory_of_another_recipe_is_refused(tmp_path, other):
-  write(tmp_path, recipe(lr=1.0))
-  before = (tmp_path / 'manifest.json').read_text()
-  with pytest.raises(ConfigError, match=r'run of a.py:lr=1.0.*--workdir') as e:
-    write(tmp_path, other)
-  assert ('whose text was another' in str(e.value)) == (
-    other.source == 'edited'
-  )
-  assert (tmp_path / 'manifest.json').read_text() == before
-  assert (tmp_path / 'recipe.py').read_text() == 'text'
-
-
-def test_directory_without_a_run_is_refused(tmp_path):
-  with pytest.raises(ConfigError, match='holds no run'):
-    checkpoint.read_manifest(tmp_path)
-
-
-def test_task_that_is_gone_is_named(tmp_path):
-  write(tmp_path, recipe())
-  file = tmp_path / 'manifest.json'
-  file.write_text(file.read_text().replace(':Addition', ':Subtraction'))
-  with pytest.raises(ConfigError, match='addition:Subtraction of the run'):
-    checkpoint.read_manifest(tmp_path)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_rlvr import checkpoint, export, policy
+from jax_rlvr import export, manifest, policy
 from jax_rlvr import mesh as layouts
 from jax_rlvr.checkpoint import Checkpoints
 from jax_rlvr.config import Recipe
@@ -25,11 +25,12 @@ def workdir(tmp_path_factory):
   """A run directory with the checkpoints of steps 1 and 2."""
   folder = tmp_path_factory.mktemp('run')
   recipe = Recipe(config=CONFIG, name='a.py', source='', overrides={})
-  checkpoint.write_manifest(folder, recipe, CONFIG.policy, CONFIG.tokenizer)
+  manifest.write(folder, recipe, CONFIG.policy, CONFIG.tokenizer)
   # The tasks of a run may be gone.
-  manifest = json.loads((folder / 'manifest.json').read_text())
-  manifest['tasks'] = [{'task': 'gone:Gone', 'arguments': {}}]
-  (folder / 'manifest.json').write_text(json.dumps(manifest))
+  file = folder / 'manifest.json'
+  written = json.loads(file.read_text())
+  written['tasks'] = [{'task': 'gone:Gone', 'arguments': {}}]
+  file.write_text(json.dumps(written))
   with Checkpoints(folder / 'checkpoints') as checkpoints:
     for step in (1, 2):
       number = np.int32(step)

@@ -12,10 +12,10 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'jax_rlvr'
 
 FLOORS = {
   1: (
-    'records masked prng mesh chat tokenizer tokenizer_folder advantages '
-    'config metrics policy_gradient evidence'
+    'records checksum masked prng mesh chat tokenizer tokenizer_folder '
+    'advantages config metrics policy_gradient evidence evaluation scores'
   ),
-  2: 'filters tasks policy checkpoint',
+  2: 'filters tasks policy checkpoint manifest stream',
   3: 'token_stats sampling packing scoring reward_process',
   4: 'sft actor carried rollout update loaded',
   5: 'evaluate setup export',

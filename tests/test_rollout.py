@@ -155,11 +155,18 @@ class Judge:
 
   def submit(self, prompt, completion):
     future = concurrent.futures.Future()
-    future.set_result(Score(self.reward(prompt, completion)))
+    reward = self.reward(prompt, completion)
+    score = reward if isinstance(reward, Score) else scored(reward)
+    future.set_result(score)
     return future
 
   def gather(self, futures):
-    return [future.result().reward for future in futures], {}
+    return [future.result() for future in futures], {}
+
+
+def scored(reward, outcome=None, **parts):
+  outcome = reward if outcome is None else outcome
+  return Score(reward=reward, outcome=outcome, parts=parts)
 
 
 def steps(count, judge=None, through=lambda state: state, **knobs):
@@ -247,6 +254,30 @@ def test_dynamic_sampling_drops_equal_rewards_and_asks_again():
   assert all(int(r.prompt.id) % 2 for r in rollouts)
   assert scalars['groups/dropped'] >= 4
   assert state.cursor == scalars['groups/asked'] and not state.carried
+
+
+def test_dynamic_sampling_looks_at_outcomes_not_at_penalties():
+  # All are penalised for their length; only odd prompts differ in outcome.
+  def reward(prompt, completion):
+    right = completion.length % 2 if int(prompt.id) % 2 else 1
+    penalty = -completion.length / 12
+    return scored(right + penalty, float(right), length=penalty)
+
+  found, _ = steps(1, Judge(reward), dynamic_sampling=True, group_size=8)
+  ((rollouts, scalars),) = found
+  assert all(int(r.prompt.id) % 2 for r in rollouts)
+  assert all(r.reward == r.outcome + r.parts['length'] for r in rollouts)
+  penalties = [-r.completion.length / 12 for r in rollouts]
+  assert min(penalties) <= scalars['reward/parts/length'] <= max(penalties)
+
+
+def test_inner_batches_can_have_like_rewards():
+  # Prompt i earns i + a little: 0, 1, 2, 3 are dealt 3 0 | 2 1.
+  judge = Judge(lambda prompt, c: int(prompt.id) + c.length / 100)
+  ((rollouts, _),), _ = steps(1, judge, inner_steps=2, balance_rewards=True)
+  assert [r.prompt.id for r in rollouts[::4]] == ['3', '0', '2', '1']
+  assert rollout.balanced([5, 4, 3, 2, 1, 0], 3) == [0, 5, 1, 4, 2, 3]
+  assert sorted(rollout.balanced(list(range(12)), 2)) == list(range(12))
 
 
 def test_dynamic_sampling_goes_on_with_what_there_is(caplog):
@@ -351,6 +382,7 @@ def test_summary_of_four_rollouts():
       'entropy/token_mean': 5 / 8,
       'entropy/sequence_mean': 2 / 4,
       'length/mean': 8 / 4,
+      'length/p50': 2,
       'length/max': 3,
       'length/clipped_share': 1 / 4,
       # A lone scored completion has no variance, and equal ones have none.

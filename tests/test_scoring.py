@@ -17,25 +17,30 @@ import pytest
 from jax_rlvr.records import Completion, Prompt
 from jax_rlvr.scoring import Score, Scorers
 from jax_rlvr.tasks import Addition
-from tests.misbehaving import Misbehaving, Unloadable
+from tests.misbehaving import Batched, Misbehaving, Unloadable
 
 _REPO = pathlib.Path(__file__).parents[1]
 _NONE = {'reward/timeouts': 0, 'reward/errors': 0, 'reward/unscorable': 0}
 
 
-def _prompt(task='misbehaving', answer=''):
+def prompt(task='misbehaving', answer=''):
   return Prompt(messages=(), answer=answer, task=task, id='p7')
 
 
-def _submit(scorers, texts):
-  return [scorers.submit(_prompt(), Completion(text=text)) for text in texts]
+def submit(scorers, texts, task='misbehaving'):
+  return [scorers.submit(prompt(task), Completion(text=text)) for text in texts]
+
+
+def _rewards(scorers, futures):
+  scores, counts = scorers.gather(futures)
+  return [score.reward for score in scores], counts
 
 
 def _score(scorers, texts):
-  return scorers.gather(_submit(scorers, texts))
+  return _rewards(scorers, submit(scorers, texts))
 
 
-def _gone(process):
+def gone(process):
   """Whether it is gone, or waits only for someone to take note."""
   try:
     state = pathlib.Path(f'/proc/{process}/stat').read_text()
@@ -44,14 +49,14 @@ def _gone(process):
   return state.rpartition(')')[2].split()[0] == 'Z'
 
 
-def _entries(diary):
+def entries(diary):
   """What it says was done, as (process, text)."""
   lines = diary.read_text().splitlines() if diary.exists() else []
-  entries = [line.split(' ', 1) for line in lines]
-  return [(int(process), text) for process, text in entries]
+  pairs = [line.split(' ', 1) for line in lines]
+  return [(int(process), text) for process, text in pairs]
 
 
-def _wait_until(condition, seconds=60.0):
+def wait_until(condition, seconds=60.0):
   end = time.monotonic() + seconds
   while not condition():
     assert time.monotonic() < end, 'waited in vain'
@@ -70,18 +75,18 @@ def test_rewards_come_in_the_order_asked_for():
 def test_prompts_go_to_the_task_they_name():
   with Scorers([Misbehaving(), Addition()]) as scorers:
     futures = [
-      scorers.submit(_prompt('addition', '12'), Completion(text='12')),
-      scorers.submit(_prompt('misbehaving', '12'), Completion(text='0.25')),
+      scorers.submit(prompt('addition', '12'), Completion(text='12')),
+      scorers.submit(prompt('misbehaving', '12'), Completion(text='0.25')),
     ]
-    assert scorers.gather(futures)[0] == [1.0, 0.25]
+    assert _rewards(scorers, futures)[0] == [1.0, 0.25]
 
 
 def test_one_answer_is_scored_while_others_are_still_to_come():
   with Scorers([Misbehaving()]) as scorers:
-    first = scorers.submit(_prompt(), Completion(text='1'))
+    first = scorers.submit(prompt(), Completion(text='1'))
     assert first.result(timeout=10) == Score(1.0)
-    second = scorers.submit(_prompt(), Completion(text='2'))
-    assert scorers.gather([second, first])[0] == [2.0, 1.0]
+    second = scorers.submit(prompt(), Completion(text='2'))
+    assert scorers.gather([second, first])[0] == [Score(2.0), Score(1.0)]
 
 
 def test_nothing_to_gather_is_fine():
@@ -101,7 +106,7 @@ def test_hanging_reward_is_killed_and_the_others_scored(deed, tmp_path):
   failure = 'errors' if deed == 'leave the pipe' else 'timeouts'
   assert counts == _NONE | {f'reward/{failure}': 1, 'reward/unscorable': 1}
   # Tried twice; the others once.
-  tried = [text for _, text in _entries(diary)]
+  tried = [text for _, text in entries(diary)]
   assert sorted(tried) == sorted([*texts, deed])
 
 
@@ -127,6 +132,11 @@ def test_dying_reward_is_replaced_and_the_others_scored(deed):
     'too large',
     'text',
     'array',
+    'no reward',
+    'part nan',
+    'part none',
+    'part text',
+    'part of no name',
   ],
 )
 def test_reward_that_is_no_number_is_an_error(deed):
@@ -146,6 +156,74 @@ def test_none_is_unscorable_but_no_error():
   assert counts == _NONE | {'reward/unscorable': 1}
 
 
+@pytest.mark.parametrize(
+  'text, score',
+  [
+    (
+      'parts',
+      Score(0.5, outcome=1.0, parts={'format': -0.5, 'fast': 1.0}),
+    ),
+    ('only a reward', Score(0.25, outcome=0.25)),
+    ('0.25', Score(0.25, outcome=0.25)),
+    # Without a reward there is no outcome to tell groups apart by.
+    ('parts but none', Score(None, outcome=None, parts={'format': 0.5})),
+  ],
+)
+def test_rewards_may_have_parts(text, score):
+  with Scorers([Misbehaving()]) as scorers:
+    assert scorers.gather(submit(scorers, [text]))[0] == [score]
+
+
+def _batch(scorers, diary, texts):
+  """What becomes of answers that are judged together."""
+  # They come while another is judged, so that they all are of the next chunk.
+  first = submit(scorers, ['gate'], 'batched')
+  wait_until(lambda: entries(diary))
+  futures = submit(scorers, texts, 'batched')
+  pathlib.Path(f'{diary}.open').touch()
+  assert _rewards(scorers, first) == ([0.0], _NONE)
+  return _rewards(scorers, futures)
+
+
+def test_task_judges_in_batches(tmp_path):
+  diary = tmp_path / 'diary'
+  task = Batched(diary=str(diary))
+  with Scorers([task], deadline_s=60) as scorers:
+    rewards, counts = _batch(scorers, diary, ['1', '2', '3', '4'])
+  assert rewards == [1.0, 2.0, 3.0, 4.0]
+  assert counts == _NONE
+  assert [text for _, text in entries(diary)] == ['gate', '1,2,3,4']
+
+
+@pytest.mark.parametrize('deed', ['raise', 'segfault', 'short', 'hang', 'nan'])
+def test_culprit_of_a_batch_is_found_and_the_others_scored(deed, tmp_path):
+  diary = tmp_path / 'diary'
+  task = Batched(diary=str(diary))
+  deadline_s = 1 if deed == 'hang' else 60
+  with Scorers([task], deadline_s=deadline_s) as scorers:
+    rewards, counts = _batch(scorers, diary, ['1', deed, '3'])
+  assert rewards == [1.0, None, 3.0]
+  failure = 'timeouts' if deed == 'hang' else 'errors'
+  assert counts == _NONE | {f'reward/{failure}': 1, 'reward/unscorable': 1}
+  # Those whose rewards were fine in themselves are not tried again.
+  alone = [deed, deed] if deed == 'nan' else ['1', deed, deed, '3']
+  tried = [text for _, text in entries(diary) if text != 'gate']
+  assert tried[0] == f'1,{deed},3'
+  assert sorted(tried[1:]) == sorted(alone)
+
+
+def test_tasks_share_a_chunk(tmp_path):
+  diary = tmp_path / 'diary'
+  tasks = [Batched(diary=str(diary)), Misbehaving()]
+  with Scorers(tasks) as scorers:
+    names = ['batched', 'misbehaving'] * 10
+    futures = [
+      scorers.submit(prompt(name), Completion(text=str(i)))
+      for i, name in enumerate(names)
+    ]
+    assert _rewards(scorers, futures) == (list(range(20)), _NONE)
+
+
 def test_second_try_counts_when_it_succeeds(tmp_path):
   task = Misbehaving(diary=str(tmp_path / 'diary'))
   with Scorers([task], deadline_s=1) as scorers:
@@ -156,7 +234,7 @@ def test_process_that_dies_between_answers_costs_no_try(caplog):
   with Scorers([Misbehaving()]) as scorers:
     (process,), _ = _score(scorers, ['process'])
     os.kill(int(process), signal.SIGKILL)
-    _wait_until(lambda: _gone(int(process)))
+    wait_until(lambda: gone(int(process)))
     assert _score(scorers, ['3']) == ([3.0], _NONE)
   assert not caplog.records
 
@@ -178,7 +256,7 @@ def test_failures_are_logged_with_task_prompt_and_error(caplog):
 def test_unknown_task_is_refused_at_once():
   with Scorers([Addition()]) as scorers:
     with pytest.raises(ValueError, match="called 'other'.*there are addition"):
-      scorers.submit(_prompt('other'), Completion(text=''))
+      scorers.submit(prompt('other'), Completion(text=''))
 
 
 @pytest.mark.parametrize(
@@ -187,6 +265,8 @@ def test_unknown_task_is_refused_at_once():
     ({'tasks': [Addition(), Addition()]}, "two tasks are called 'addition'"),
     ({'tasks': [], 'workers': 0}, 'workers=0'),
     ({'tasks': [], 'deadline_s': 0}, 'deadline_s=0'),
+    ({'tasks': [], 'batch_deadline_s': 0}, 'batch_deadline_s=0'),
+    ({'tasks': [], 'memory_limit_mb': -1}, 'memory_limit_mb=-1'),
     ({'tasks': [], 'deadline_s': float('nan')}, 'deadline_s=nan'),
   ],
 )
@@ -228,7 +308,7 @@ def test_task_with_a_field_that_cannot_be_sent_is_refused():
 
 def test_task_that_does_not_load_is_an_error_not_a_hang():
   with Scorers([Unloadable()]) as scorers:
-    future = scorers.submit(_prompt('unloadable'), Completion(text=''))
+    future = scorers.submit(prompt('unloadable'), Completion(text=''))
     with pytest.raises(RuntimeError, match="'unloadable'.*not at home"):
       scorers.gather([future])
 
@@ -236,33 +316,33 @@ def test_task_that_does_not_load_is_an_error_not_a_hang():
 def test_close_kills_even_a_hanging_process_and_settles_its_answer(tmp_path):
   diary = tmp_path / 'diary'
   scorers = Scorers([Misbehaving(diary=str(diary))], workers=2)
-  futures = _submit(scorers, ['hang in c', 'hang', '3', '4', '5'])
+  futures = submit(scorers, ['hang in c', 'hang', '3', '4', '5'])
 
   def processes():
-    return {process for process, _ in _entries(diary)}
+    return {process for process, _ in entries(diary)}
 
   # One may score '4' and '5' before the other has started to hang.
-  _wait_until(lambda: len(processes()) == 2)
+  wait_until(lambda: len(processes()) == 2)
   scorers.close()
-  assert len(processes()) == 2 and all(map(_gone, processes()))
+  assert len(processes()) == 2 and all(map(gone, processes()))
   with pytest.raises(RuntimeError, match='closed'):
     scorers.gather(futures)
   with pytest.raises(RuntimeError, match='closed'):
-    scorers.submit(_prompt(), Completion(text='1'))
+    scorers.submit(prompt(), Completion(text='1'))
 
 
 def test_cancelled_answer_is_not_scored(tmp_path):
   diary = tmp_path / 'diary'
   with Scorers([Misbehaving(diary=str(diary))]) as scorers:
-    (slow,) = _submit(scorers, ['hang'])
-    _wait_until(lambda: len(_entries(diary)) == 1)
-    one, two = _submit(scorers, ['1', '2'])
-    assert one.cancel() and not slow.cancel()
-    os.kill(_entries(diary)[0][0], signal.SIGKILL)
+    (slow,) = submit(scorers, ['hang'])
+    wait_until(lambda: len(entries(diary)) == 1)
+    one, two = submit(scorers, ['1', '2'])
+    assert one.cancel()
+    os.kill(entries(diary)[0][0], signal.SIGKILL)
     # The hanging answer is tried once more, with '2' waiting behind it.
-    _wait_until(lambda: len(_entries(diary)) == 2)
-    os.kill(_entries(diary)[1][0], signal.SIGKILL)
-    assert scorers.gather([slow, two])[0] == [None, 2.0]
+    wait_until(lambda: len(entries(diary)) == 2)
+    os.kill(entries(diary)[1][0], signal.SIGKILL)
+    assert _rewards(scorers, [slow, two])[0] == [None, 2.0]
     with pytest.raises(concurrent.futures.CancelledError):
       scorers.gather([one])
 
@@ -286,7 +366,7 @@ assert 'jax' in sys.modules
 scorers = Scorers([Misbehaving(diary=sys.argv[1])], workers=2)
 prompt = Prompt(messages=(), answer='', task='misbehaving')
 future = scorers.submit(prompt, Completion(text='jax'))
-print(scorers.gather([future]), flush=True)
+print(*scorers.gather([future]), flush=True)
 for deed in sys.argv[2:]:
   scorers.submit(prompt, Completion(text=deed))
 if sys.argv[2:]:
@@ -324,7 +404,7 @@ def parent(tmp_path):
 
 def test_processes_import_neither_jax_nor_main(parent):
   output, errors = parent().communicate(timeout=60)
-  assert output.splitlines() == [str(([0.0], _NONE))], errors
+  assert output.splitlines() == [f'{[Score(0.0)]} {_NONE}'], errors
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='asks the Linux kernel')
@@ -333,13 +413,13 @@ def test_processes_die_with_a_killed_parent(parent, tmp_path):
   diary = tmp_path / 'diary'
 
   def processes():
-    return {process for process, _ in _entries(diary)}
+    return {process for process, _ in entries(diary)}
 
-  _wait_until(lambda: sum('hang' in text for _, text in _entries(diary)) == 2)
+  wait_until(lambda: sum('hang' in text for _, text in entries(diary)) == 2)
   try:
-    assert len(processes()) == 2 and not any(map(_gone, processes()))
+    assert len(processes()) == 2 and not any(map(gone, processes()))
     trainer.kill()
-    _wait_until(lambda: all(map(_gone, processes())))
+    wait_until(lambda: all(map(gone, processes())))
   finally:
     for process in processes():
       with contextlib.suppress(ProcessLookupError):

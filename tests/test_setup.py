@@ -36,7 +36,7 @@ def prepared(folder, overrides=''):
   recipe = folder.parent / 'recipe.py'
   recipe.write_text(RECIPE.format(folder=str(folder)))
   console = rich.console.Console(file=io.StringIO())
-  return setup.prepare(f'{recipe}{overrides}', folder.parent / 'run', console)
+  return setup.prepare(f'{recipe}{overrides}', console)
 
 
 def test_run_starts_from_the_weights_of_a_folder(folder):
@@ -44,7 +44,7 @@ def test_run_starts_from_the_weights_of_a_folder(folder):
   assert ready.actor.policy == CONFIG.policy
   assert ready.actor.tokenizer == CONFIG.tokenizer
   with Checkpoints(folder.parent / 'checkpoints') as checkpoints:
-    state = setup.start(ready, checkpoints)
+    state = setup.start(ready, folder.parent, checkpoints)
   expected = policy.init(CONFIG.policy, jax.random.key(5))
   jax.tree.map(np.testing.assert_array_equal, state.params, expected)
   layout = layouts.shardings(ready.actor.mesh, expected, layouts.TRAINING)
@@ -65,7 +65,6 @@ def test_broken_weights_are_refused_before_anything_compiles(folder):
   file.write_bytes(file.read_bytes()[:-4])
   with pytest.raises(ValueError, match='is not whole'):
     prepared(folder)
-  assert not (folder.parent / 'run').exists()
 
 
 CHAIN_RECIPE = """
@@ -86,7 +85,7 @@ def get_config():
   [
     (
       'optax.chain(filters.kl_penalty(), filters.token_mean())',
-      'kl_penalty reads tokens.ref_logprob',
+      'kl_penalty reads tokens.ref_logprob.*; give reference=True',
     ),
     (
       'optax.chain(filters.forking_tokens(), '
@@ -101,12 +100,11 @@ def get_config():
     ('filters.tis(scope="row")', "choose 'token' or 'sequence'"),
   ],
 )
-def test_bad_chain_is_refused_and_leaves_nothing(tmp_path, chain, words):
-  recipe, workdir = tmp_path / 'recipe.py', tmp_path / 'run'
+def test_bad_chain_is_refused(tmp_path, chain, words):
+  recipe = tmp_path / 'recipe.py'
   recipe.write_text(CHAIN_RECIPE.format(chain=chain))
   with pytest.raises(ValueError, match=words):
-    setup.prepare(str(recipe), workdir, rich.console.Console())
-  assert not workdir.exists()
+    setup.prepare(str(recipe), rich.console.Console())
 
 
 def test_every_ready_method_of_the_rollouts_own_evidence_is_accepted(tmp_path):
@@ -116,4 +114,56 @@ def test_every_ready_method_of_the_rollouts_own_evidence_is_accepted(tmp_path):
     recipe.write_text(
       'import jax_rlvr.filters.recipes\n' + CHAIN_RECIPE.format(chain=chain)
     )
-    setup.prepare(str(recipe), tmp_path / name, rich.console.Console())
+    setup.prepare(str(recipe), rich.console.Console())
+
+
+def test_chain_with_a_reference_is_accepted_where_one_is_kept(tmp_path):
+  chain = 'optax.chain(filters.kl_penalty(), filters.token_mean())'
+  recipe = tmp_path / 'recipe.py'
+  recipe.write_text(CHAIN_RECIPE.format(chain=f'{chain}, reference=True'))
+  setup.prepare(str(recipe), rich.console.Console())
+
+
+def test_reference_is_the_first_policy_until_it_is_reset(folder):
+  ready = prepared(folder, ':reference=True')
+  with Checkpoints(folder.parent / 'checkpoints') as checkpoints:
+    state = setup.start(ready, folder.parent, checkpoints)
+    first = jax.device_get(state.reference)
+    jax.tree.map(np.testing.assert_array_equal, first, state.params)
+    moved = jax.tree.map(lambda x: x + 1, state.params)
+    state = state._replace(params=moved, step=np.int32(7))
+    checkpoints.save(state)
+    resumed = setup.start(ready, folder.parent, checkpoints)
+    jax.tree.map(np.testing.assert_array_equal, resumed.reference, first)
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, moved)
+    setup.reset_reference(ready, folder.parent, state)
+    resumed = setup.start(ready, folder.parent, checkpoints)
+    jax.tree.map(np.testing.assert_array_equal, resumed.reference, moved)
+
+
+def test_long_prompts_are_dropped_and_listed(tmp_path):
+  # 'a+b=' of up to two digits is 4 to 6 characters.
+  recipe = tmp_path / 'recipe.py'
+  recipe.write_text(
+    CHAIN_RECIPE.format(
+      chain='config.filters, max_prompt_tokens=5, long_prompts="drop"'
+    )
+  )
+  printed = io.StringIO()
+  ready = setup.prepare(str(recipe), rich.console.Console(file=printed))
+  ((dropped,), (kept,)) = ready.dropped, ready.prompts
+  assert dropped and len(dropped) + len(kept) == 9500
+  assert {tokens for _, tokens in dropped} == {6}
+  setup.record(ready, tmp_path / 'run')
+  rows = (tmp_path / 'run' / 'dropped.jsonl').read_text().splitlines()
+  assert len(rows) == len(dropped)
+  assert f'{len(rows)} prompts of more than 5 tokens' in printed.getvalue()
+
+
+def test_memory_of_a_run_adds_up(folder):
+  ready = prepared(folder)
+  table = setup.memory(ready)
+  rows = dict(zip(*(column.cells for column in table.columns), strict=True))
+  assert {'weights', 'optimizer state', 'there is'} <= rows.keys()
+  assert all(float(value) >= 0 for value in rows.values())
+  assert repr(ready.stream[0].id) in setup.first_prompt(ready)

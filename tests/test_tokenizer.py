@@ -12,7 +12,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers
 
-from jax_rlvr import checkpoint, records
+from jax_rlvr import manifest, records
 from jax_rlvr.tasks import Arithmetic
 from jax_rlvr.tokenizer import (
   HuggingFace,
@@ -552,7 +552,7 @@ def test_run_trains_and_evaluates_with_pieces(pieces, tmp_path):
   # The run has its own copy.
   for file in (tmp_path / 'pieces').iterdir():
     file.unlink()
-  assert checkpoint.read_manifest(workdir).tokenizer == turns(pieces)
+  assert manifest.read(workdir).tokenizer == turns(pieces)
   scores = tmp_path / 'scores.json'
   run('--workdir', workdir, '--json', scores, module='evaluate', check=0)
   assert json.loads(scores.read_text())['step'] == 2

@@ -11,7 +11,13 @@ import pytest
 
 from jax_rlvr import mesh as layouts
 from jax_rlvr import policy, update
-from jax_rlvr.filters import clip_cov, clip_ratio, token_mean, tracked
+from jax_rlvr.filters import (
+  clip_cov,
+  clip_ratio,
+  kl_penalty,
+  token_mean,
+  tracked,
+)
 from jax_rlvr.packing import padded
 from jax_rlvr.policy_gradient import as_loss
 from jax_rlvr.records import Rows, TokenStats, Tracked, TrainState
@@ -85,6 +91,7 @@ def moved(
   microbatch_rows=8,
   mesh=None,
   tokens=None,
+  reference=None,
   **settings,
 ):
   """What two inner steps of rate 1 take from the params, and the scalars."""
@@ -103,7 +110,7 @@ def moved(
     place=place,
     **settings,
   )
-  state = start(filters, optax.sgd(1.0), mesh)
+  state = start(filters, optax.sgd(1.0), mesh)._replace(reference=reference)
   state, measured = run(state, tokens or evidence(), jax.random.key(9))
   return flat(PARAMS) - flat(state.params), jax.device_get(measured)
 
@@ -400,3 +407,28 @@ def test_extras_do_not_trip_the_loss():
   np.testing.assert_array_equal(
     gradient(('p2', 'p2_logp', 'logit', 'confidence')), gradient(())
   )
+
+
+@pytest.mark.parametrize('microbatch_rows', [8, 1])
+def test_filters_read_a_frozen_reference(microbatch_rows):
+  chain = optax.chain(
+    clip_ratio(), tracked('kl', kl_penalty(0.5)), token_mean()
+  )
+  other = jax.tree.map(lambda x: x * 1.1, PARAMS)
+  tokens = evidence()
+  frozen = jax.jit(functools.partial(token_stats, CONFIG))(
+    other, padded(tokens.ids, tokens.mask), temperature=TEMPERATURE
+  )
+  told = tokens._replace(ref_logprob=np.asarray(frozen.logprob))
+  expected, _ = moved(chain, tokens=told)
+  found, measured = moved(
+    chain, microbatch_rows=microbatch_rows, reference=other
+  )
+  assert distance(found, expected) < 1e-5
+  # Without the penalty it goes elsewhere.
+  assert distance(moved(PPO)[0], expected) > 1e-3
+  # k3 of the first inner batch, whose weights are still those of old.
+  mask = tokens.mask[:8]
+  x = np.asarray(frozen.logprob)[:8][mask] - tokens.old_logprob[:8][mask]
+  kl = np.mean(np.expm1(x) - x)
+  np.testing.assert_allclose(measured[0]['kl/reference'], kl, rtol=1e-4)

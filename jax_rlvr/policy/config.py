@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,3 +126,20 @@ class PolicyConfig:
     if self.window is None:
       return (False,) * self.layers
     return self.local or (True,) * self.layers
+
+  def forward_flops(self, lengths: Sequence[int]) -> float:
+    """FLOPs of reading sequences of so many tokens, and scoring each token.
+
+    Two a multiply-add; matrix products and attention, where a token sees itself
+    and its past.
+    """
+    heads = (2 * self.heads + 2 * self.kv_heads) * self.head_size
+    layer = self.width * (heads + 3 * self.feed_forward)
+    weights = self.layers * layer + self.width * self.vocab_size
+    n = np.asarray(lengths, np.float64)
+    seen = 0.0
+    for local in self.is_local:
+      far = np.maximum(n - (self.window or 0), 0) if local else 0.0
+      seen += np.sum(n * (n + 1) / 2 - far * (far + 1) / 2)
+    attention = 4 * self.heads * self.head_size * seen
+    return float(2 * weights * np.sum(n) + attention)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -110,15 +109,13 @@ class Engine:
         self.mesh,
       )
     )
-    held = jax.tree.map(
-      lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize,
+    return layouts.bytes_per_device(
       (weights, cache),
       (
         layouts.shardings(self.mesh, weights, layouts.SAMPLING),
         layouts.fitted(self.mesh, cache, cache.spec),
       ),
     )
-    return sum(jax.tree.leaves(held))
 
   def check(self) -> None:
     """Whether the devices have room for the cache.

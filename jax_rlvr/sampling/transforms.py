@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -52,8 +53,9 @@ class chain(Transform):
 
   transforms: tuple[Transform, ...]
 
-  def __init__(self, *transforms: Transform):
-    object.__setattr__(self, 'transforms', transforms)
+  def __init__(self, *each: Transform, transforms: Sequence[Transform] = ()):
+    # By name as a manifest has them.
+    object.__setattr__(self, 'transforms', (*each, *transforms))
 
   @property
   def reads_seen(self):

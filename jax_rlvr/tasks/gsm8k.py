@@ -7,16 +7,13 @@ https://arxiv.org/abs/2110.14168, 2021.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import pathlib
-from collections.abc import Mapping
 from fractions import Fraction
 
 from jax_rlvr.records import Completion, Prompt, user
-from jax_rlvr.tasks import jsonl
+from jax_rlvr.tasks.dataset import read, text
 from jax_rlvr.tasks.numbers import last_number
-
-_FIELDS = ('question', 'answer')
+from jax_rlvr.tasks.sources import Json, Row, Tfds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,23 +44,27 @@ class Gsm8k:
       FileNotFoundError: the data is not there.
       ValueError: unknown split, or a row that is not GSM8K's.
     """
-    where = f'{self.name}, {split}'
     if split not in ('train', 'test'):
       raise ValueError(f"{self.name}: split={split!r}; give 'train' or 'test'")
-    if self.path is None:
-      rows = _from_tfds(split, where)
-    else:
-      file = pathlib.Path(self.path, f'{split}.jsonl')
-      rows = jsonl.rows(file, _FIELDS, where)
-    return [
-      Prompt(
-        messages=user(row['question'] + self.suffix),
-        answer=_gold(row['answer'], f'{where}, row {i}'),
+    who = f'{self.name}, {split}'
+
+    def asked(i: int, row: Row) -> Prompt:
+      return Prompt(
+        messages=user(text(row, 'question') + self.suffix),
+        answer=_gold(text(row, 'answer')),
         task=self.name,
         id=f'{split}/{i}',
       )
-      for i, row in enumerate(rows)
-    ]
+
+    if self.path is not None:
+      file = pathlib.Path(self.path, f'{split}.jsonl')
+      return list(read(Json(file), who, asked))
+    try:
+      return list(read(Tfds('gsm8k', split=split), who, asked))
+    except FileNotFoundError as error:
+      raise FileNotFoundError(
+        f'{error}; or give path=, a folder of train.jsonl and test.jsonl'
+      ) from error
 
   def reward(self, prompt: Prompt, completion: Completion) -> float:
     """1 for a completion whose last number is the answer, else 0."""
@@ -72,28 +73,10 @@ class Gsm8k:
     return float(last_number(completion.text) == Fraction(prompt.answer))
 
 
-def _gold(answer: str, where: str) -> str:
+def _gold(answer: str) -> str:
   """The number after the last '####'."""
   _, mark, end = answer.rpartition('####')
   number = last_number(end)
   if not mark or number is None:
-    raise ValueError(f"{where}: the answer does not end with '#### <number>'")
+    raise ValueError("the answer does not end with '#### <number>'")
   return str(number)
-
-
-def _from_tfds(split: str, where: str) -> list[Mapping[str, str]]:
-  try:
-    tfds = importlib.import_module('tensorflow_datasets')
-    # Without TensorFlow a builder is known by name once its module is imported.
-    importlib.import_module('tensorflow_datasets.text.gsm8k')
-    source = tfds.data_source('gsm8k', split=split)
-    rows = source.__getitems__(range(len(source)))
-  except Exception as error:
-    # TFDS fails in many ways: not installed, not prepared, no network, no disk.
-    reason = str(error).strip().partition('\n')[0] or type(error).__name__
-    raise FileNotFoundError(
-      f'{where}: TFDS has no gsm8k ({reason}); give path=, a folder of '
-      'train.jsonl and test.jsonl, or set TFDS_DATA_DIR to where TFDS has '
-      "prepared 'gsm8k' with file_format='array_record'"
-    ) from error
-  return [{field: row[field].decode() for field in _FIELDS} for row in rows]

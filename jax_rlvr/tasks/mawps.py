@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from jax_rlvr.records import Completion, Prompt, user
-from jax_rlvr.tasks import jsonl
 from jax_rlvr.tasks.arithmetic import SUFFIX
+from jax_rlvr.tasks.dataset import column, read, text
 from jax_rlvr.tasks.numbers import last_number
+from jax_rlvr.tasks.sources import Json
 
 # Thirds and sixths are given rounded, to five decimals at the fewest.
 _TOLERANCE = Fraction(1, 100_000)
@@ -51,21 +52,24 @@ class Mawps:
     """
     if split != 'test':
       raise ValueError(f"{self.name}: split={split!r}; it has only 'test'")
-    where = f'{self.name}, {split}'
-    return [
-      Prompt(
-        messages=user(row['input'] + self.suffix),
-        answer=str(row['target']),
-        task=self.name,
-        id=f'{file}/{i}',
+    prompts = []
+    for file in self.files:
+      source = Json(pathlib.Path(self.path, f'{file}.jsonl'))
+      rows = read(
+        source,
+        f'{self.name}, {split}',
+        lambda _, row: (text(row, 'input'), column(row, 'target')),
       )
-      for file in self.files
-      for i, row in enumerate(
-        jsonl.rows(
-          pathlib.Path(self.path, f'{file}.jsonl'), ('input', 'target'), where
+      prompts += [
+        Prompt(
+          messages=user(question + self.suffix),
+          answer=str(target),
+          task=self.name,
+          id=f'{file}/{i}',
         )
-      )
-    ]
+        for i, (question, target) in enumerate(rows)
+      ]
+    return prompts
 
   def reward(self, prompt: Prompt, completion: Completion) -> float:
     """1 for an ended completion whose last number is the answer, else 0."""

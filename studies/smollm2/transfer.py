@@ -15,6 +15,7 @@ import pathlib
 
 from jax_rlvr import actor as actors
 from jax_rlvr import checkpoint, evaluate, mesh, policy, prng
+from jax_rlvr.evaluation import Evaluation
 from jax_rlvr.scoring import Scorers
 from jax_rlvr.tasks import Arithmetic, Mawps
 
@@ -61,12 +62,17 @@ def main():
       scores[name], _ = evaluate.run(
         actor,
         params,
-        tasks,
+        [
+          Evaluation(
+            task=task,
+            samples=arguments.samples,
+            temperature=1.0,
+            prompts=arguments.prompts,
+          )
+          for task in tasks
+        ],
         scorers,
         key=prng.key(0, prng.Stream.EVALUATE, 10**6),
-        prompts=arguments.prompts,
-        samples=arguments.samples,
-        temperature=1.0,
         max_completion_tokens=24,
       )
       arguments.json.write_text(json.dumps(scores, indent=2) + '\n')

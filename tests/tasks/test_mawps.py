@@ -75,6 +75,16 @@ def test_empty_file_is_named(tmp_path):
     Mawps(path=str(tmp_path)).prompts('test')
 
 
+def test_row_without_a_column_is_named(tmp_path):
+  _write(
+    tmp_path / 'addsub.jsonl', [{'input': 'A?', 'target': 1}, {'input': 'B?'}]
+  )
+  with pytest.raises(
+    ValueError, match=r"mawps, test: .*addsub.jsonl:2: no column 'target'"
+  ):
+    Mawps(path=str(tmp_path)).prompts('test')
+
+
 def test_no_files_are_refused():
   with pytest.raises(ValueError, match='mawps: files is empty'):
     Mawps(path='', files=[])
