@@ -74,9 +74,8 @@ def disturb(
   Returns:
     Whether it was still running then.
   """
-  if how == 'stop':
-    # While it is starting there is nothing to save, and no 75.
-    step = max(step, steps_of(workdir) + 1)
+  # A run that is only starting has nothing to lose.
+  step = max(step, steps_of(workdir) + 1)
   process = begin(config, workdir)
   with process:
     while process.poll() is None and not _is_due(workdir, how, step):
