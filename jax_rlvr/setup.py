@@ -250,9 +250,12 @@ def reset_reference(
     oldest: step of the oldest checkpoint; references that none needs any more
       are deleted.
   """
-  # A copy even where nothing is cast: params are donated.
-  copied = jax.tree.map(jnp.copy, state.params)
-  reference = jax.jit(policy.cast, static_argnums=1)(copied, setup.actor.dtype)
+  reference = jax.tree.map(
+    # Params are donated: what is not cast is copied.
+    lambda x, own: jnp.copy(x) if x is own else x,
+    policy.cast(state.params, setup.actor.dtype),
+    state.params,
+  )
   checkpoint.save_reference(workdir, int(state.step), reference, oldest)
   return state._replace(reference=reference)
 

@@ -1,29 +1,16 @@
 """The command, whole: it learns, it resumes, it refuses."""
 
 import json
-import os
-import pathlib
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 import numpy as np
 import pytest
 
 from jax_rlvr import metrics
-
-ROOT = pathlib.Path(__file__).parent.parent
-# One CPU device, and compilations shared among the runs.
-ENVIRONMENT = os.environ | {
-  'XLA_FLAGS': '',
-  'PYTHONPATH': str(ROOT),
-  'JAX_COMPILATION_CACHE_DIR': os.path.join(
-    tempfile.gettempdir(), 'jax_rlvr_test_cache'
-  ),
-  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-}
+from tests.chaos.harness import ENVIRONMENT, ROOT
 
 # A quickstart shrunk to one-digit sums: a minute on two cores.
 SMALL = (
