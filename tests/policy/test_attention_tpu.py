@@ -1,50 +1,25 @@
 """The Splash kernel compiled for TPUs that need not be there.
 
-libtpu wants a process of its own, so this file also runs as a script.
+It also runs as a script, see `tests.libtpu`.
 """
 
 import functools
-import importlib.util
 import json
-import os
-import pathlib
 import re
-import subprocess
 import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests import libtpu
 
-pytestmark = pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None,
-  reason='libtpu is absent: install the extra `plan`',
-)
+pytestmark = libtpu.needed
 
 
 @pytest.fixture(scope='module')
 def compiled():
   """topology → what this file, run as a script, says of it."""
 
-  @functools.cache
-  def run(topology):
-    env = os.environ | {
-      'PYTHONPATH': str(ROOT),
-      'JAX_PLATFORMS': 'cpu',
-      'TPU_SKIP_MDS_QUERY': '1',
-      # Another process may have it loaded, too.
-      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-    }
-    done = subprocess.run(
-      [sys.executable, __file__, topology],
-      env=env,
-      capture_output=True,
-      text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-  return run
+  return functools.cache(functools.partial(libtpu.found_by, __file__))
 
 
 @pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])

@@ -1,24 +1,16 @@
 """The sampler compiled for a TPU slice that need not be there.
 
-libtpu wants a process of its own, so this file also runs as a script.
+It also runs as a script, see `tests.libtpu`.
 """
 
-import importlib.util
 import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests import libtpu
 
-pytestmark = pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None,
-  reason='libtpu is absent: install the extra `plan`',
-)
+pytestmark = libtpu.needed
 
 DATA, TENSOR = 4, 4
 
@@ -26,18 +18,7 @@ DATA, TENSOR = 4, 4
 @pytest.fixture(scope='module')
 def compiled():
   """Program → its collectives, as (kind, numbers, devices of each group)."""
-  env = os.environ | {
-    'PYTHONPATH': str(ROOT),
-    'JAX_PLATFORMS': 'cpu',
-    'TPU_SKIP_MDS_QUERY': '1',
-    # Another process may have it loaded, too.
-    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-  }
-  done = subprocess.run(
-    [sys.executable, __file__], env=env, capture_output=True, text=True
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  return json.loads(done.stdout.splitlines()[-1])
+  return libtpu.found_by(__file__)
 
 
 def between_shards(collectives):
