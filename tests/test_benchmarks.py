@@ -17,12 +17,7 @@ def test_filters_benchmark_prints_its_tables(tmp_path):
     [sys.executable, 'benchmarks/filters.py', '--rows=16', '--tokens=64']
     + ['--repeats=1', '--cpu_only', f'--json={found}'],
     cwd=ROOT,
-    env=os.environ
-    | {
-      'PYTHONPATH': str(ROOT),
-      'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    },
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
     capture_output=True,
     text=True,
   )
@@ -45,8 +40,6 @@ def test_sampling_benchmark_writes_its_rows(tmp_path):
     | {
       'PYTHONPATH': str(ROOT),
       'XLA_FLAGS': '',  # one device
-      'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     },
     capture_output=True,
     text=True,
