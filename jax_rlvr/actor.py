@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from jax_rlvr import mesh as layouts
 from jax_rlvr.policy import PolicyConfig, attention, suited
 from jax_rlvr.records import Completion, Prompt, Rollout
 from jax_rlvr.sampling import Completed, Engine, Group, Progress, stops, written
@@ -74,6 +75,17 @@ class Actor:
       cache=suited(self.policy, self.dtype, self.mesh),
     )
 
+  def judged(self, count: int) -> list[int]:
+    """Which of so many prompts this host has completed and is to judge."""
+    shards, own = layouts.row_shards(self.mesh), layouts.own_shards(self.mesh)
+    crew = layouts.crew(self.mesh)
+    turn = crew.index(jax.process_index())
+    return [
+      p
+      for p in range(count)
+      if p % shards in own and p // shards % len(crew) == turn
+    ]
+
   def complete(
     self,
     params: Any,
@@ -89,9 +101,10 @@ class Actor:
     version: int = 0,
     on_progress: OnProgress = ignore,
   ) -> Iterator[Segment]:
-    """Completes each prompt, a segment at a time.
+    """Completes each prompt, a segment at a time; of several hosts each some.
 
-    Completions are numbered prompt · G + sample.
+    Completions are numbered prompt · G + sample. Hosts come to the end of each
+    segment, and of all, together.
 
     Args:
       params: of the policy.
@@ -122,7 +135,10 @@ class Actor:
     groups, numbers = [], []
     samples = keys.shape[1]
     data = np.asarray(jax.random.key_data(keys)).reshape(-1, 2)
+    own = set(layouts.own_shards(self.mesh))
     for p, ids in enumerate(encoded):
+      if p % engine.shards not in own:
+        continue
       mine = range(p * samples, (p + 1) * samples)
       started = [[i] for i in mine if i in begun and not begun[i].finished]
       for members in (*started, [i for i in mine if i not in begun]):

@@ -1,24 +1,22 @@
-"""Groups of completions between two steps, and in checkpoints as JSON."""
+"""Groups of completions between two steps, in checkpoints and between hosts."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+from flax.serialization import msgpack_restore, msgpack_serialize
 
+from jax_rlvr import hosts
 from jax_rlvr.records import Completion, Prompt, Rollout
 
-_ARRAYS = {
-  'prompt_ids': np.int32,
-  'ids': np.int32,
-  'logprob': np.float32,
-  'sampled_logprob': np.float32,
-  'entropy': np.float32,
-  'versions': np.int32,
-}
+# Those that `_record` keeps as they are.
+_FIELDS = (
+  'prompt_ids', 'ids', 'logprob', 'sampled_logprob', 'entropy', 'versions',
+  'reward', 'outcome', 'failed', 'finished',
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,43 +41,54 @@ class Asked:
     return finished == samples
 
 
-def as_json(asked: Asked) -> dict[str, Any]:
+def as_text(asked: Asked) -> str:
   """What `restored` reads; the prompt itself is the stream's."""
-  return {
+  saved = {
     'position': asked.position,
     'step': asked.step,
-    'begun': {str(g): _rollout_as_json(r) for g, r in asked.begun.items()},
+    'begun': {str(g): _record(r) for g, r in asked.begun.items()},
   }
+  return base64.b64encode(msgpack_serialize(saved)).decode()
 
 
-def restored(saved: Mapping[str, Any], stream: Any) -> Asked:
-  """The group of `as_json`; stream[position] is its prompt."""
+def restored(text: str, stream: Any) -> Asked:
+  """The group of `as_text`; stream[position] is its prompt."""
+  saved: Any = msgpack_restore(base64.b64decode(text))
   prompt = stream[saved['position']]
   begun = {int(g): _rollout(x, prompt) for g, x in saved['begun'].items()}
   return Asked(saved['position'], saved['step'], prompt, begun)
 
 
-def _rollout_as_json(r: Rollout) -> dict[str, Any]:
-  arrays = {
-    name: base64.b64encode(getattr(r, name).astype(dtype).tobytes()).decode()
-    for name, dtype in _ARRAYS.items()
-  }
-  return arrays | {
+def gathered(
+  rollouts: Mapping[tuple[int, int], Rollout], prompts: Sequence[Prompt]
+) -> dict[tuple[int, int], Rollout]:
+  """The rollouts of all hosts, by number of prompt and sample, in their order.
+
+  Args:
+    rollouts: of this host; none of another's.
+    prompts: of all.
+  """
+  if not hosts.several():
+    return dict(sorted(rollouts.items()))
+  mine = {f'{p}/{g}': _record(r) for (p, g), r in rollouts.items()}
+  found = {}
+  for data in hosts.exchange('rollouts', msgpack_serialize(mine)):
+    theirs: Any = msgpack_restore(data)
+    for name, saved in theirs.items():
+      prompt, sample = map(int, name.split('/'))
+      found[prompt, sample] = _rollout(saved, prompts[prompt])
+  return dict(sorted(found.items()))
+
+
+def _record(r: Rollout) -> dict[str, Any]:
+  saved = {name: getattr(r, name) for name in _FIELDS} | {
     'completion': dataclasses.asdict(r.completion),
-    'failed': r.failed,
-    'finished': r.finished,
+    'parts': dict(r.parts),
   }
+  # It has no word for None.
+  return {name: x for name, x in saved.items() if x is not None}
 
 
 def _rollout(saved: Mapping[str, Any], prompt: Prompt) -> Rollout:
-  arrays: dict[str, Any] = {
-    name: np.frombuffer(base64.b64decode(saved[name]), dtype)
-    for name, dtype in _ARRAYS.items()
-  }
-  return Rollout(
-    prompt=prompt,
-    completion=Completion(**saved['completion']),
-    failed=saved['failed'],
-    finished=saved['finished'],
-    **arrays,
-  )
+  fields = dict(saved) | {'completion': Completion(**saved['completion'])}
+  return Rollout(prompt=prompt, **fields)

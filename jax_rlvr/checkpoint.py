@@ -12,17 +12,17 @@ import contextlib
 import json
 import logging
 import operator
-import pathlib
-import shutil
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from jax_rlvr import hosts, storage
 from jax_rlvr import mesh as layouts
 from jax_rlvr.checksum import checksums
 from jax_rlvr.config import ConfigError
@@ -40,7 +40,7 @@ class Checkpoints:
 
   def __init__(
     self,
-    folder: pathlib.Path,
+    folder: storage.Path,
     keep: int | None = None,
     *,
     keep_every: int = 0,
@@ -56,7 +56,7 @@ class Checkpoints:
       keep_best: the one highest in this of the `scores` that `save` is given is
         kept too; '' for none.
     """
-    self.folder = pathlib.Path(folder).absolute()
+    self.folder = storage.path(folder)
     policies: list[preservation_policy.PreservationPolicy]
     policies = [preservation_policy.LatestN(keep)]
     if keep_every:
@@ -147,8 +147,9 @@ class Checkpoints:
     while True:
       found = self._step(step)
       try:
-        return self._restore_state(abstract, found)
-      except ConfigError as error:
+        with hosts.all_or_none('restoring'):
+          return self._restore_state(abstract, found)
+      except ValueError as error:
         if step is not None or len(self.steps()) == 1:
           raise
         aside = self._set_aside(found)
@@ -209,14 +210,16 @@ class Checkpoints:
       'another step'
     )
 
-  def _set_aside(self, step: int) -> pathlib.Path:
+  def _set_aside(self, step: int) -> storage.Path:
     """Moves a checkpoint out of the way of those to come."""
     aside = self.folder.with_name(f'{self.folder.name}_damaged')
-    aside.mkdir(exist_ok=True)
-    place = aside / f'{step}-{len(list(aside.iterdir()))}'
-    (self.folder / str(step)).rename(place)
+    with hosts.all_or_none('setting a checkpoint aside'):
+      if hosts.is_leader():
+        aside.mkdir(exist_ok=True)
+        place = aside / f'{step}-{len(list(aside.iterdir()))}'
+        (self.folder / str(step)).rename(place)
     self._manager.reload()
-    return place
+    return aside
 
 
 def _reason(error: Exception) -> str:
@@ -237,7 +240,7 @@ def _training(state: TrainState) -> dict[str, Any]:
 
 
 def save_reference(
-  workdir: pathlib.Path, step: int, params: Params, oldest: int | None = None
+  workdir: storage.Path, step: int, params: Params, oldest: int | None = None
 ) -> None:
   """Writes params that serve as reference policy from a step on.
 
@@ -251,7 +254,7 @@ def save_reference(
   Raises:
     ConfigError: they cannot be written.
   """
-  folder = workdir.absolute() / 'reference'
+  folder = storage.path(workdir) / 'reference'
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(folder / str(step), params, force=True)
@@ -260,20 +263,22 @@ def save_reference(
       f'the reference policy cannot be written to {folder} ({_reason(error)}); '
       'make room and run again'
     ) from error
+  if not hosts.is_leader():
+    return
   steps = _references(folder)
   needed = max([s for s in steps if s <= (oldest or 0)], default=0)
   for old in steps:
     if old < needed:
-      shutil.rmtree(folder / str(old))
+      epath.Path(folder / str(old)).rmtree()
 
 
-def read_reference(workdir: pathlib.Path, step: int, abstract: Any) -> Params:
+def read_reference(workdir: storage.Path, step: int, abstract: Any) -> Params:
   """The reference policy of a step, laid out as `abstract`.
 
   Raises:
     ConfigError: there is none, or it cannot be read.
   """
-  folder = workdir.absolute() / 'reference'
+  folder = storage.path(workdir) / 'reference'
   steps = [s for s in _references(folder) if s <= step]
   if not steps:
     raise ConfigError(f'no reference policy for step {step} in {folder}')
@@ -287,7 +292,7 @@ def read_reference(workdir: pathlib.Path, step: int, abstract: Any) -> Params:
     ) from error
 
 
-def _references(folder: pathlib.Path) -> list[int]:
+def _references(folder: storage.Path) -> list[int]:
   return sorted(int(f.name) for f in folder.iterdir() if f.name.isdigit())
 
 
@@ -302,7 +307,7 @@ def abstract_like(state: Any) -> Any:
 
 
 def read_params(
-  workdir: pathlib.Path,
+  workdir: storage.Path,
   policy: PolicyConfig,
   mesh: Mesh,
   table: layouts.Table,

@@ -29,12 +29,15 @@ import rich.console
 
 from jax_rlvr import (
   checkpoint,
+  compilation,
   config,
+  hosts,
   manifest,
   metrics,
   policy,
   prng,
   rollout,
+  storage,
 )
 from jax_rlvr import mesh as layouts
 from jax_rlvr.actor import Actor, OnProgress, ignore
@@ -93,7 +96,7 @@ def run(
       stop=each.stop,
       on_progress=on_progress,
     )
-    rollouts, _ = rollout.score(completed, scorers)
+    rollouts, _ = rollout.score(actor, asked, each.samples, completed, scorers)
     questions = grouped(each.name, each.task, rollouts, each.samples)
     scores = measures(questions)
     measured |= {f'eval/{each.name}/{k}': x for k, x in scores.items()}
@@ -129,22 +132,45 @@ def check(
 def main(argv: Sequence[str] | None = None) -> int:
   """The command; returns its exit code."""
   arguments = _parser().parse_args(argv)
-  console = rich.console.Console()
+  compilation.configure()
+  try:
+    hosts.start(arguments.coordinator, arguments.processes, arguments.process)
+  except (ValueError, RuntimeError) as error:
+    return _refused(error)
+  compilation.keep_programs()
+  try:
+    code = _run(arguments)
+  except Exception as error:
+    if not hosts.several():
+      raise
+    hosts.abandon(error)
+  hosts.leave()
+  return code
+
+
+def _refused(error: Exception) -> int:
+  print(f'error: {error}', file=sys.stderr)
+  return 2
+
+
+def _run(arguments: argparse.Namespace) -> int:
+  console = rich.console.Console(quiet=not hosts.is_leader())
   with contextlib.ExitStack() as stack:
     try:
-      subject = _prepare(arguments)
-      knobs = subject.knobs
-      scorers = Scorers(
-        tasks_of(subject.evaluations),
-        knobs['scorers'],
-        knobs['reward_deadline_s'],
-        knobs.get('reward_memory_mb', 0),
-      )
+      with hosts.all_or_none('setup'):
+        subject = _prepare(arguments)
+        knobs = subject.knobs
+        scorers = Scorers(
+          tasks_of(subject.evaluations),
+          knobs['scorers'],
+          knobs['reward_deadline_s'],
+          knobs.get('reward_memory_mb', 0),
+        )
       stack.enter_context(scorers)
-      params, step, of = _read(subject, arguments)
+      with hosts.all_or_none('weights'):
+        params, step, of = _read(subject, arguments)
     except (ValueError, OSError, ImportError) as error:
-      print(f'error: {error}', file=sys.stderr)
-      return 2
+      return _refused(error)
     with metrics.progress(console) as bars:
       bar = bars.add_task('evaluate', total=None, note='')
       measured, questions = run(
@@ -160,9 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
       )
   console.print(tables(measured))
-  if arguments.json:
+  if arguments.json and hosts.is_leader():
     arguments.json.write_text(json.dumps(of | measured, indent=2) + '\n')
-  if arguments.out:
+  if arguments.out and hosts.is_leader():
     write(arguments.out, questions)
   return 0
 
@@ -175,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   path = pathlib.Path
   source = parser.add_mutually_exclusive_group(required=True)
-  source.add_argument('--workdir', type=path, help='of a run')
+  source.add_argument('--workdir', type=storage.path, help='of a run')
   source.add_argument('--config', help='recipe.py[:key=value,…]')
   parser.add_argument('--policy', help='folder, hub id or GGUF file instead')
   parser.add_argument('--step', type=int, help='of the checkpoint; the latest')
@@ -191,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     ('tensor', int, 'devices that share each layer; 1'),
   ):
     parser.add_argument(f'--{name}', type=kind, help=what)
+  hosts.add_flags(parser)
   parser.add_argument('--json', type=path, help='where to write scores')
   parser.add_argument('--out', type=path, help='where to write all samples')
   return parser
@@ -230,6 +257,7 @@ def _prepare(arguments) -> _Subject:
   evaluations = _overridden(resolved(asked, knobs), arguments)
   shape, tokenizer, pretrained = _policy(elsewhere, shape, tokenizer)
   mesh = layouts.make(tensor=arguments.tensor or 1)
+  layouts.check_heads(mesh, shape.heads)
   # Runs from before there was a choice.
   dtype = layouts.compute_dtype(knobs.get('compute_dtype', 'float32'), mesh)
   actor = Actor(

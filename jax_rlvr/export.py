@@ -12,13 +12,13 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from jax_rlvr import checkpoint, manifest, policy
+from jax_rlvr import checkpoint, manifest, policy, storage
 from jax_rlvr import mesh as layouts
 from jax_rlvr.config import ConfigError
 
 
 def export(
-  workdir: pathlib.Path,
+  workdir: storage.Path,
   out: pathlib.Path,
   step: int | None = None,
   dtype: str = 'bfloat16',
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser.add_argument('--workdir', type=storage.path, required=True)
   parser.add_argument('--step', type=int, help='of the checkpoint; the latest')
   parser.add_argument('--out', type=pathlib.Path, required=True)
   parser.add_argument(

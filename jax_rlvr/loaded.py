@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from jax_rlvr import checkpoint, manifest, metrics, policy, prng
+from jax_rlvr import checkpoint, manifest, metrics, policy, prng, storage
 from jax_rlvr import mesh as layouts
 from jax_rlvr.packing import padded
 from jax_rlvr.policy import PolicyConfig
@@ -47,14 +47,15 @@ def load_policy(
   Raises:
     FileNotFoundError, ValueError: one line that names what is missing or wrong.
   """
-  path = pathlib.Path(path)
   mesh = layouts.make()
-  if (path / 'manifest.json').exists():
-    config, tokenizer = manifest.read_policy(path)
+  run = storage.path(path)
+  if (run / 'manifest.json').exists():
+    config, tokenizer = manifest.read_policy(run)
     params, _ = checkpoint.read_params(
-      path, config, mesh, layouts.TRAINING, step
+      run, config, mesh, layouts.TRAINING, step
     )
-    return LoadedPolicy(config, params, path, tokenizer)
+    return LoadedPolicy(config, params, run, tokenizer)
+  path = pathlib.Path(path)
   if step is not None:
     raise ValueError(f'{path} is no run, so it has no {step=}; leave it out')
   pretrained = policy.load(path)
@@ -101,7 +102,7 @@ class LoadedPolicy:
 
   config: PolicyConfig
   params: Any = dataclasses.field(repr=False)
-  path: pathlib.Path
+  path: storage.Path
   _tokenizer: Tokenizer | None = dataclasses.field(repr=False)
 
   @property

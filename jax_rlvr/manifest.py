@@ -10,11 +10,13 @@ import logging
 import operator
 import os
 import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from jax_rlvr import storage
 from jax_rlvr import tokenizer as tokenizers
 from jax_rlvr.config import ConfigError, Recipe, Task
 from jax_rlvr.evaluation import Evaluation
@@ -49,7 +51,7 @@ _SAMPLING = (
 
 
 def write(
-  workdir: pathlib.Path,
+  workdir: storage.Path,
   recipe: Recipe,
   policy: PolicyConfig,
   tokenizer: Tokenizer,
@@ -84,7 +86,9 @@ def write(
   }
   workdir.mkdir(parents=True, exist_ok=True)
   (workdir / 'recipe.py').write_text(recipe.source)
-  tokenizer.save(workdir / 'tokenizer')
+  with tempfile.TemporaryDirectory() as folder:
+    tokenizer.save(folder)
+    storage.copy(pathlib.Path(folder), workdir / 'tokenizer')
   new = file.with_suffix('.new')
   new.write_text(json.dumps(manifest, indent=2) + '\n')
   new.replace(file)
@@ -116,7 +120,7 @@ def _check_same_run(workdir, recipe, old, new) -> None:
     )
 
 
-def read(workdir: pathlib.Path) -> Manifest:
+def read(workdir: storage.Path) -> Manifest:
   """Reads what `write` wrote.
 
   Raises:
@@ -132,17 +136,18 @@ def read(workdir: pathlib.Path) -> Manifest:
   )
 
 
-def read_policy(workdir: pathlib.Path) -> tuple[PolicyConfig, Tokenizer]:
+def read_policy(workdir: storage.Path) -> tuple[PolicyConfig, Tokenizer]:
   """A run's policy and tokenizer; its tasks need not be importable.
 
   Raises:
     ConfigError: the directory holds no run.
   """
   policy = PolicyConfig(**_read(workdir)['policy'])
-  return policy, tokenizers.load(workdir / 'tokenizer')
+  with storage.local_copy(workdir / 'tokenizer') as folder:
+    return policy, tokenizers.load(folder)
 
 
-def _read(workdir: pathlib.Path) -> dict[str, Any]:
+def _read(workdir: storage.Path) -> dict[str, Any]:
   file = workdir / 'manifest.json'
   if not file.exists():
     raise ConfigError(f'{workdir} holds no run: there is no manifest.json')

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import importlib
+import io
 import json
 import os
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,11 +16,13 @@ import rich.console
 import rich.progress
 import tensorboardX
 
+from jax_rlvr import hosts, storage
+
 
 class Rows:
   """A JSONL file with one object a step."""
 
-  def __init__(self, file: pathlib.Path, keep_to: int):
+  def __init__(self, file: storage.Path, keep_to: int):
     """Opens the file to append, and cuts the rows of steps after `keep_to`.
 
     A resumed run writes those again. The cut file replaces the old one whole.
@@ -27,31 +30,51 @@ class Rows:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     self.steps = set()
+    text = ''
     if file.exists():
       kept = [row for row in read(file) if row['step'] <= keep_to]
       self.steps = {row['step'] for row in kept}
+      text = ''.join(json.dumps(row) + '\n' for row in kept)
       new = file.with_suffix('.new')
-      new.write_text(''.join(json.dumps(row) + '\n' for row in kept))
+      new.write_text(text)
       new.replace(file)
-    self._file = file.open('a')
+    self._file = (
+      _Whole(file, text) if storage.is_remote(file) else file.open('a')
+    )
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Writes a row; it is on the disk when this returns."""
     self.steps.add(row['step'])
     self._file.write(json.dumps(row) + '\n')
     self._file.flush()
-    os.fsync(self._file.fileno())
+    if not isinstance(self._file, _Whole):
+      os.fsync(self._file.fileno())
 
   def close(self) -> None:
     self._file.close()
 
 
+class _Whole(io.StringIO):
+  """A file in a bucket, where nothing can be appended: it is written anew."""
+
+  def __init__(self, file: storage.Path, text: str):
+    super().__init__()
+    self._file_there = file
+    self.write(text)
+
+  def flush(self) -> None:
+    self._file_there.write_text(self.getvalue())
+
+
 class Log:
-  """Scalars of steps in metrics.jsonl and eval.jsonl, TensorBoard, W&B."""
+  """Scalars of steps in metrics.jsonl and eval.jsonl, TensorBoard, W&B.
+
+  Of several hosts the first alone writes them.
+  """
 
   def __init__(
     self,
-    workdir: pathlib.Path,
+    workdir: storage.Path,
     *,
     step: int,
     evaluated: bool,
@@ -65,50 +88,71 @@ class Log:
       evaluated: keep the scores of `step` itself.
       wandb: project to log to; '' for none.
     """
-    self.rows = Rows(workdir / 'metrics.jsonl', step)
-    self.scores = Rows(workdir / 'eval.jsonl', step if evaluated else step - 1)
-    self._board = tensorboardX.SummaryWriter(
-      str(workdir / 'tensorboard'),
-      purge_step=step + 1,
-      filename_suffix=f'.{step}',
-      flush_secs=10,
+    self._closing = contextlib.ExitStack()
+    self.rows = self.scores = self._board = self._run = None
+    if not hosts.is_leader():
+      return
+    opened = self._closing.enter_context
+    self.rows = opened(
+      contextlib.closing(Rows(workdir / 'metrics.jsonl', step))
     )
-    self._run = None
+    self.scores = opened(
+      contextlib.closing(
+        Rows(workdir / 'eval.jsonl', step if evaluated else step - 1)
+      )
+    )
+    self._board = opened(
+      tensorboardX.SummaryWriter(
+        str(workdir / 'tensorboard'),
+        purge_step=step + 1,
+        filename_suffix=f'.{step}',
+        flush_secs=10,
+      )
+    )
     if wandb:
       module = importlib.import_module('wandb')
-      name = workdir.absolute().name
+      name = workdir.name
       self._run = module.init(
-        project=wandb, id=name, name=name, dir=workdir, resume='allow'
+        project=wandb,
+        id=name,
+        name=name,
+        resume='allow',
+        dir=None if storage.is_remote(workdir) else workdir,
       )
+      self._closing.callback(self._run.finish)
 
   def __enter__(self) -> Log:
     return self
 
   def __exit__(self, *_) -> None:
-    self.rows.close()
-    self.scores.close()
-    self._board.close()
-    if self._run is not None:
-      self._run.finish()
+    self._closing.close()
+
+  def has_scores(self, step: int) -> bool:
+    """Whether an evaluation after that step is logged, on any host."""
+    mine = self.scores is not None and step in self.scores.steps
+    return bool(hosts.any_of('evaluated', [mine])[0])
 
   def step(self, step: int, scalars: Mapping[str, float]) -> None:
     """Logs what training measured in a step."""
-    self.rows.write({'step': step} | dict(scalars))
+    if self.rows:
+      self.rows.write({'step': step} | dict(scalars))
     self._show(step, scalars)
 
   def evaluation(self, step: int, scalars: Mapping[str, float]) -> None:
     """Logs what an evaluation after a step measured."""
-    self.scores.write({'step': step} | dict(scalars))
+    if self.scores:
+      self.scores.write({'step': step} | dict(scalars))
     self._show(step, scalars)
 
   def _show(self, step: int, scalars: Mapping[str, float]) -> None:
-    for name, x in scalars.items():
-      self._board.add_scalar(name, x, step)
-    if self._run is not None:
+    if self._board:
+      for name, x in scalars.items():
+        self._board.add_scalar(name, x, step)
+    if self._run:
       self._run.log(dict(scalars), step=step)
 
 
-def read(file: pathlib.Path) -> list[dict[str, Any]]:
+def read(file: storage.Path) -> list[dict[str, Any]]:
   """The rows of a JSONL file; a last line that was cut off is left out."""
   rows = []
   for line in file.read_text().splitlines():

@@ -7,7 +7,7 @@ scores it.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +41,7 @@ def pack(
   rows: int,
   shards: int = 1,
   share_prompts: bool = True,
+  own: Sequence[int] | None = None,
 ) -> Rows:
   """Packs a batch, host arrays in, host arrays out.
 
@@ -63,6 +64,7 @@ def pack(
     share_prompts: completions of a prompt share its tokens where they share a
       row. Else each sequence is a group of its own and all of it segment 0, so
       that a token sees just the past of its group.
+    own: shards whose rows are made, ascending; all if None.
 
   Raises:
     ValueError: a sequence is longer than a row, or the rows are too few.
@@ -77,14 +79,17 @@ def pack(
   if len(contents) > rows:
     raise ValueError(f'the batch does not fit in {rows} rows')
   contents.sort(key=lambda content: _work(groups, content), reverse=True)
-  out = Rows(*np.zeros((6, rows, row_tokens), np.int32))
+  own = range(shards) if own is None else own
+  each = rows // shards
+  out = Rows(*np.zeros((6, len(own) * each, row_tokens), np.int32))
   out.group[:], out.place[:] = -1, -1
   for i, content in enumerate(contents):
     turn, shard = divmod(i, shards)
     # To and fro, or the first shard would have the most work every time.
     shard = shards - 1 - shard if turn % 2 else shard
-    row = Rows(*(x[shard * (rows // shards) + turn] for x in out))
-    _write(row, tokens, groups, content, share_prompts)
+    if shard in own:
+      row = Rows(*(x[own.index(shard) * each + turn] for x in out))
+      _write(row, tokens, groups, content, share_prompts)
   return out
 
 

@@ -206,7 +206,7 @@ class TrainState(NamedTuple):
     params: plain nested dict of arrays.
     optimizer: state of the weight-space optax chain.
     filters: state of the token-space optax chain.
-    carried: groups of completions to go on with, as JSON values; see
+    carried: groups of completions to go on with, as texts; see
       `rollout.collect`.
     reference: params of the frozen reference policy, as they are computed
       with; None where there is none. Checkpoints do not hold it.
@@ -217,7 +217,7 @@ class TrainState(NamedTuple):
   params: Any
   optimizer: Any
   filters: Any
-  carried: tuple[Mapping[str, Any], ...] = ()
+  carried: tuple[str, ...] = ()
   reference: Any = None
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_rlvr import prng
+from jax_rlvr import hosts, prng
 from jax_rlvr.actor import Actor, OnProgress, Segment, ignore
-from jax_rlvr.carried import Asked, as_json, restored
+from jax_rlvr.carried import Asked, as_text, gathered, restored
 from jax_rlvr.config import Config
 from jax_rlvr.prng import Stream
-from jax_rlvr.records import Rollout, Tokens, TrainState
+from jax_rlvr.records import Prompt, Rollout, Tokens, TrainState
 
 if TYPE_CHECKING:
   from jax_rlvr.scoring import Scorers
@@ -61,35 +61,40 @@ def collect(
   asked = [restored(saved, stream) for saved in state.carried]
   carried = sum(len(group.begun) for group in asked)
   cursor, started = int(state.cursor), time.perf_counter()
+  # Places in `asked` of the groups that this host judges.
+  judged: set[int] = set()
   scores: dict[tuple[int, int], Future] = {}
 
-  def take(group: Asked, sample: int, r: Rollout) -> None:
-    group.begun[sample] = r
-    if r.finished:
-      score = scorers.submit(r.prompt, r.completion)
-      scores[group.position, sample] = score
+  def take(place: int, sample: int, r: Rollout) -> None:
+    asked[place].begun[sample] = r
+    if r.finished and place in judged:
+      scores[place, sample] = scorers.submit(r.prompt, r.completion)
 
-  def whole() -> list[Asked]:
-    return [group for group in asked if group.is_whole(samples)]
+  known = {place for place, g in enumerate(asked) if g.is_whole(samples)}
 
-  def usable() -> list[Asked]:
+  def whole() -> np.ndarray:
+    flags = [group.is_whole(samples) for group in asked]
+    return hosts.any_of('whole groups', flags)
+
+  def usable() -> np.ndarray:
     if not c.dynamic_sampling:
       return whole()
-    return [
-      group for group in whole() if _differ(group, scores, scorers, samples)
+    flags = [
+      place in judged | known
+      and group.is_whole(samples)
+      and _differ(place, group, scores, scorers)
+      for place, group in enumerate(asked)
     ]
+    return hosts.any_of('usable groups', flags)
 
-  for group in asked:
-    for sample, r in group.begun.items():
-      take(group, sample, r)
-  while (missing := c.prompts_per_step - len(usable())) > 0:
+  while (missing := c.prompts_per_step - np.count_nonzero(usable())) > 0:
     room = math.ceil(c.prompts_per_step * c.max_asked) - len(asked)
-    begun = len(asked) - len(whole())
-    new = min(math.ceil(missing * c.oversample) - begun, room)
+    unfinished = np.flatnonzero(~whole()).tolist()
+    new = min(math.ceil(missing * c.oversample) - len(unfinished), room)
     positions = range(cursor, cursor + max(new, 0))
+    unfinished += range(len(asked), len(asked) + len(positions))
     asked += [Asked(i, step, stream[i], {}) for i in positions]
     cursor = positions.stop
-    unfinished = [group for group in asked if not group.is_whole(samples)]
     if not unfinished:
       _log.warning(
         'step %d goes on with %d of %d groups: of %d prompts no more had '
@@ -97,10 +102,12 @@ def collect(
         c.prompts_per_step, len(asked),
       )  # fmt: skip
       break
+    groups = [asked[place] for place in unfinished]
+    judged |= {unfinished[i] for i in actor.judged(len(groups))}
     for segment in actor.complete(
       state.params,
-      [group.prompt for group in unfinished],
-      jnp.concatenate([_keys(c.seed, group, samples) for group in unfinished]),
+      [group.prompt for group in groups],
+      jnp.concatenate([_keys(c.seed, group, samples) for group in groups]),
       temperature=c.temperature,
       max_completion_tokens=c.max_completion_tokens,
       max_prompt_tokens=c.max_prompt_tokens,
@@ -108,7 +115,7 @@ def collect(
       stop=c.stop,
       begun={
         p * samples + sample: r
-        for p, group in enumerate(unfinished)
+        for p, group in enumerate(groups)
         for sample, r in group.begun.items()
       },
       version=step,
@@ -118,43 +125,50 @@ def collect(
         take(unfinished[number // samples], number % samples, r)
       if (
         c.oversample > 1
-        and len(whole()) >= c.prompts_per_step
-        and len(usable()) >= c.prompts_per_step
+        and np.count_nonzero(whole()) >= c.prompts_per_step
+        and np.count_nonzero(usable()) >= c.prompts_per_step
       ):
         for number, r in segment.running().items():
           take(unfinished[number // samples], number % samples, r)
         break
-  chosen = usable()[: c.prompts_per_step]
-  left = [group for group in asked if group not in chosen]
+  places = np.flatnonzero(usable())[: c.prompts_per_step].tolist()
+  left = [g for place, g in enumerate(asked) if place not in places]
   rewarded, scalars = _rewarded(
     {
-      (group.position, sample): r
-      for group in asked
-      for sample, r in group.begun.items()
-      if r.finished
+      (place, sample): r
+      for place in judged
+      for sample, r in asked[place].begun.items()
     },
     scores,
     scorers,
     started,
   )
+  prompts = [group.prompt for group in asked]
+  for (place, sample), r in gathered(rewarded, prompts).items():
+    asked[place].begun[sample] = r
+  chosen = [asked[place] for place in places]
 
-  def of(groups: Sequence[Asked]) -> list[Rollout]:
-    return [rewarded[g.position, i] for g in groups for i in range(samples)]
+  def of(groups: Iterable[Asked]) -> list[Rollout]:
+    return [group.begun[i] for group in groups for i in range(samples)]
 
   if c.balance_rewards:
     means = [_mean_reward(of([group])) for group in chosen]
     chosen = [chosen[i] for i in balanced(means, c.inner_steps)]
   rollouts = of(chosen)
+  finished = [group for group in asked if group.is_whole(samples)]
   stale = [np.less(r.versions, step) for r in rollouts]
-  scalars |= summary(of(whole()), samples) | {
+  scalars |= summary(of(finished), samples) | {
     'rollout/carried': carried,
     'rollout/stale_share': float(np.mean(np.concatenate(stale or [[0]]))),
     'groups/asked': len(asked),
-    'groups/dropped': len(whole()) - len(chosen),
+    'groups/dropped': len(finished) - len(chosen),
   }
+  scalars |= _pace(
+    [r for g in asked for r in g.begun.values() if r.finished], scalars
+  )
   keeps = c.oversample > 1
   state = state._replace(
-    cursor=np.int32(cursor), carried=tuple(map(as_json, left if keeps else ()))
+    cursor=np.int32(cursor), carried=tuple(map(as_text, left if keeps else ()))
   )
   return rollouts, state, scalars
 
@@ -166,16 +180,22 @@ def _keys(seed: int, group: Asked, samples: int) -> jax.Array:
 
 
 def _differ(
+  place: int,
   group: Asked,
   scores: Mapping[tuple[int, int], Future],
   scorers: Scorers,
-  samples: int,
 ) -> bool:
   """Whether the outcomes of a group do; waits for them."""
-  judged, _ = scorers.gather(
-    [scores[group.position, sample] for sample in range(samples)]
+  pending = {
+    sample: scores[place, sample]
+    for sample in group.begun
+    if (place, sample) in scores
+  }
+  judged, _ = scorers.gather(list(pending.values()))
+  outcomes = {s: r.outcome for s, r in group.begun.items()} | dict(
+    zip(pending, (score.outcome for score in judged), strict=True)
   )
-  return len({score.outcome for score in judged} - {None}) > 1
+  return len(set(outcomes.values()) - {None}) > 1
 
 
 def _mean_reward(group: Sequence[Rollout]) -> float:
@@ -199,50 +219,76 @@ def balanced(means: Sequence[float], parts: int) -> list[int]:
 
 
 def score(
-  segments: Iterator[Segment], scorers: Scorers
+  actor: Actor,
+  prompts: Sequence[Prompt],
+  samples: int,
+  segments: Iterator[Segment],
+  scorers: Scorers,
 ) -> tuple[list[Rollout], dict[str, float]]:
   """Rewards completions while others are being decoded.
+
+  Args:
+    actor: that completes the prompts.
+    prompts: P of them.
+    samples: G, completions of each.
+    segments: of completing them.
+    scorers: that know their tasks.
 
   Returns:
     The rollouts in the order of their numbers, and `reward/…`, `time/…`,
     `rollout/…` scalars.
   """
   started = time.perf_counter()
+  mine = set(actor.judged(len(prompts)))
   rollouts, scores = {}, {}
   for segment in segments:
     for number, r in segment.finished.items():
-      rollouts[number] = r
-      scores[number] = scorers.submit(r.prompt, r.completion)
+      place = divmod(number, samples)
+      if place[0] in mine:
+        rollouts[place] = r
+        scores[place] = scorers.submit(r.prompt, r.completion)
   rewarded, scalars = _rewarded(rollouts, scores, scorers, started)
-  return [rewarded[number] for number in sorted(rewarded)], scalars
+  everything = list(gathered(rewarded, prompts).values())
+  return everything, scalars | _pace(everything, scalars)
 
 
 def _rewarded(
-  rollouts: Mapping[Any, Rollout],
-  scores: Mapping[Any, Future],
+  rollouts: Mapping[tuple[int, int], Rollout],
+  scores: Mapping[tuple[int, int], Future],
   scorers: Scorers,
   started: float,
-) -> tuple[dict[Any, Rollout], dict[str, float]]:
-  """Waits for rewards; `time/hidden_share` of them were there already."""
+) -> tuple[dict[tuple[int, int], Rollout], dict[str, float]]:
+  """Waits for rewards; `time/hidden_share` of them were there already.
+
+  Rollouts without a score stay as they are. What failed is counted over all
+  hosts.
+  """
   sampled = time.perf_counter()
-  hidden = np.mean([score.done() for score in scores.values()])
-  judged, failures = scorers.gather([scores[place] for place in rollouts])
-  scored = time.perf_counter()
-  rewarded = {
-    place: r
-    if r.failed
-    else dataclasses.replace(
-      r, reward=score.reward, outcome=score.outcome, parts=score.parts
-    )
-    for (place, r), score in zip(rollouts.items(), judged, strict=True)
-  }
-  tokens = sum(r.completion.length for r in rewarded.values())
-  return rewarded, failures | {
+  hidden = [score.done() for score in scores.values()]
+  judged, failures = scorers.gather(list(scores.values()))
+  rewarded = dict(rollouts)
+  for place, score in zip(scores, judged, strict=True):
+    if not rollouts[place].failed:
+      rewarded[place] = dataclasses.replace(
+        rollouts[place],
+        reward=score.reward,
+        outcome=score.outcome,
+        parts=score.parts,
+      )
+  counts = hosts.agree('rewards', list(failures.values())).sum(axis=0).tolist()
+  return rewarded, dict(zip(failures, counts, strict=True)) | {
     'time/rollout_s': sampled - started,
-    'time/score_s': scored - sampled,
-    'time/hidden_share': float(hidden),
-    'time/rollout_tokens_per_s': tokens / (sampled - started),
-    'rollout/failed': sum(r.failed for r in rewarded.values()),
+    'time/score_s': time.perf_counter() - sampled,
+    'time/hidden_share': float(np.mean(hidden or [True])),
+  }
+
+
+def _pace(rollouts: Sequence[Rollout], scalars) -> dict[str, float]:
+  """Of all rollouts of a step, on all hosts."""
+  tokens = sum(r.completion.length for r in rollouts)
+  return {
+    'time/rollout_tokens_per_s': tokens / scalars['time/rollout_s'],
+    'rollout/failed': sum(r.failed for r in rollouts),
   }
 
 

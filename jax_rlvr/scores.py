@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import math
-import pathlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ import rich.box
 import rich.console
 import rich.table
 
+from jax_rlvr import storage
 from jax_rlvr.records import Completion, Rollout
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def _mean(values: Iterable[float]) -> float:
   return sum(values) / max(len(values), 1)
 
 
-def write(file: pathlib.Path, questions: Sequence[Question]) -> None:
+def write(file: storage.Path, questions: Sequence[Question]) -> None:
   """Writes one JSON object a question and line; the file appears whole."""
   file.parent.mkdir(parents=True, exist_ok=True)
   new = file.with_name(file.name + '.new')

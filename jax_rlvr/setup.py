@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-import pathlib
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.table
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from jax_rlvr import (
   checkpoint,
   config,
   evaluate,
+  hosts,
   manifest,
   metrics,
   packing,
@@ -28,6 +30,7 @@ from jax_rlvr import (
   prng,
   rollout,
   sft,
+  storage,
 )
 from jax_rlvr import mesh as layouts
 from jax_rlvr import stream as streams
@@ -116,6 +119,7 @@ def prepare(spec: str, console: Console) -> Setup:
     prompts.append(kept)
     dropped.append(long)
   mesh = layouts.make(slices=c.slices, fsdp=c.fsdp, tensor=c.tensor)
+  layouts.check_heads(mesh, shape.heads)
   dtype = layouts.compute_dtype(c.compute_dtype, mesh)
   backend = attention.choose(c.attention, shape, dtype, mesh)
   actor = Actor(
@@ -174,13 +178,28 @@ def _prompts(task: Task) -> Sequence[Prompt]:
   return prompts
 
 
-def record(setup: Setup, workdir: pathlib.Path) -> None:
+def record(setup: Setup, workdir: storage.Path) -> None:
   """Writes into the run directory what a run is.
 
   Raises:
-    ConfigError: it holds another run.
+    ConfigError: it holds another run, or hosts do not share it.
     OSError: it cannot be written.
   """
+  with hosts.all_or_none('recording the run'):
+    if hosts.is_leader():
+      _record(setup, workdir)
+  with hosts.all_or_none('looking at the run'):
+    file = workdir / 'manifest.json'
+    text = file.read_bytes() if file.exists() else b''
+    seen = hosts.agree('the run', [zlib.crc32(text) >> 1])
+    if seen[jax.process_index()] != seen[0]:
+      raise ConfigError(
+        f'{workdir} is not the folder that host 0 writes; give one that all '
+        'hosts share'
+      )
+
+
+def _record(setup: Setup, workdir: storage.Path) -> None:
   c, actor = setup.config, setup.actor
   manifest.write(workdir, setup.recipe, actor.policy, actor.tokenizer)
   rows = [
@@ -198,19 +217,20 @@ def record(setup: Setup, workdir: pathlib.Path) -> None:
 
 
 def start(
-  setup: Setup, workdir: pathlib.Path, checkpoints: Checkpoints
+  setup: Setup, workdir: storage.Path, checkpoints: Checkpoints
 ) -> TrainState:
   """The state to go on from: the last checkpoint, or the warm-up's end."""
   c, actor = setup.config, setup.actor
+  shardings = layouts.shardings(
+    actor.mesh, policy.abstract_params(actor.policy), layouts.TRAINING
+  )
   if setup.pretrained is None:
-    params = policy.init(actor.policy, prng.key(c.seed, Stream.INIT, 0))
-    params = layouts.place(actor.mesh, params, layouts.TRAINING)
+    params = jax.jit(
+      functools.partial(policy.init, actor.policy), out_shardings=shardings
+    )(prng.key(c.seed, Stream.INIT, 0))
   else:
-    abstract = policy.abstract_params(actor.policy)
     setup.console.print(f'reading the weights of {c.policy}')
-    params = setup.pretrained.read(
-      layouts.shardings(actor.mesh, abstract, layouts.TRAINING)
-    )
+    params = setup.pretrained.read(shardings)
   if c.warm_up and not checkpoints.steps():
     params = _warm_up(setup, workdir, c.warm_up, params)
   # State of filters is batch-level: any [B, T] will do.
@@ -219,8 +239,10 @@ def start(
     step=np.int32(0),
     cursor=np.int32(0),
     params=params,
-    optimizer=jax.jit(c.optimizer.init)(params),
-    filters=c.filters.init(stats),
+    optimizer=layouts.init_optimizer(c.optimizer, params),
+    filters=jax.device_put(
+      c.filters.init(stats), NamedSharding(actor.mesh, PartitionSpec())
+    ),
   )
   if not checkpoints.steps():
     return reset_reference(setup, workdir, state) if c.reference else state
@@ -237,7 +259,7 @@ def start(
 
 def reset_reference(
   setup: Setup,
-  workdir: pathlib.Path,
+  workdir: storage.Path,
   state: TrainState,
   oldest: int | None = None,
 ) -> TrainState:
@@ -261,7 +283,7 @@ def reset_reference(
 
 
 def _warm_up(
-  setup: Setup, workdir: pathlib.Path, settings: WarmUp, params: Any
+  setup: Setup, workdir: storage.Path, settings: WarmUp, params: Any
 ) -> Any:
   c, actor = setup.config, setup.actor
   with (
@@ -316,6 +338,8 @@ def update_of(setup: Setup):
     share_prompts=setup.backend.shares_prompts,
     backend=setup.backend,
     place=functools.partial(layouts.place_rows, mesh),
+    own=layouts.own_shards(mesh),
+    place_own=functools.partial(layouts.place_own_rows, mesh),
     on_policy=c.oversample == 1,
   )
 
@@ -323,7 +347,9 @@ def update_of(setup: Setup):
 def resolved(setup: Setup) -> rich.table.Table:
   """What the run comes to, in the vocabulary of the config."""
   c, shape = setup.config, setup.actor.policy
-  count = sum(x.size for x in jax.tree.leaves(policy.abstract_params(shape)))
+  params, mesh = policy.abstract_params(shape), setup.actor.mesh
+  count = sum(x.size for x in jax.tree.leaves(params))
+  uncut = layouts.uncut(mesh, params, layouts.TRAINING)
   table = rich.table.Table('setting', 'value', title='resolved')
   engine = setup.actor.engine(c.max_prompt_tokens, c.max_completion_tokens)
   slots = [size * engine.shards for size in engine.sizes]
@@ -347,6 +373,8 @@ def resolved(setup: Setup) -> rich.table.Table:
     'temperature': c.temperature,
     'seed': c.seed,
     'devices': f'{jax.device_count()} × {jax.devices()[0].device_kind}',
+    'mesh': ' × '.join(f'{axis} {size}' for axis, size in mesh.shape.items()),
+    'held whole on each device': ', '.join(uncut) or 'norms alone',
   }.items():
     table.add_row(name, str(value))
   return table

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from jax_rlvr import masked, packing
+from jax_rlvr import mesh as layouts
 from jax_rlvr.checkpoint import Checkpoints, abstract_like
 from jax_rlvr.config import ConfigError, WarmUp
 from jax_rlvr.policy import PolicyConfig, cast
@@ -104,10 +105,10 @@ def warm_up(
     return optax.apply_updates(params, updates), opt_state, nats
 
   state = TrainState(
-    step=jnp.int32(0),
-    cursor=jnp.int32(0),
+    step=np.int32(0),
+    cursor=np.int32(0),
     params=params,
-    optimizer=settings.optimizer.init(params),
+    optimizer=layouts.init_optimizer(settings.optimizer, params),
     filters=optax.EmptyState(),
   )
   if checkpoints.steps():
@@ -120,7 +121,7 @@ def warm_up(
     batch = place(rows(batch, tokenizer, row_tokens))
     params, optimizer, nats = step(state.params, state.optimizer, batch)
     state = state._replace(
-      step=jnp.int32(done + 1), params=params, optimizer=optimizer
+      step=np.int32(done + 1), params=params, optimizer=optimizer
     )
     last = done + 1 == settings.steps
     if last or (done + 1) % settings.checkpoint_every == 0:

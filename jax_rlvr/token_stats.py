@@ -12,12 +12,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jax_rlvr import mesh as layouts
 from jax_rlvr import policy
 from jax_rlvr.policy import PolicyConfig, attention
 from jax_rlvr.records import Rows, TokenStats
 
-# Logits of a chunk, 128 MiB; but a chunk of fewer tokens would spend its time
-# on reading the head and its gradient.
+# Logits of a chunk, 128 MiB a device; but a chunk of fewer tokens would spend
+# its time on reading the head and its gradient.
 CHUNK_LOGITS = 2**25
 LEAST_TOKENS = 256
 
@@ -41,8 +42,8 @@ def token_stats(
     rows: R rows of W; tokens with place ≥ 0 are scored.
     temperature: the sampling temperature; logits are divided by it.
     remat: what the backward pass keeps of each layer, see `policy.forward`.
-    chunk_tokens: tokens whose logits exist at one time, about; chosen from the
-      vocabulary if None.
+    chunk_tokens: tokens whose logits exist at one time on a device, about;
+      chosen from the vocabulary if None.
     extras: names of further fields of `TokenStats` to fill; they have no
       gradient.
     backend: of attention.
@@ -50,8 +51,6 @@ def token_stats(
   Returns:
     float32 [R, W] each, 0 where nothing is scored. Differentiable in `params`.
   """
-  if chunk_tokens is None:
-    chunk_tokens = max(LEAST_TOKENS, CHUNK_LOGITS // config.vocab_size)
   layout = policy.Layout(rows.positions, rows.group, rows.segment)
   hidden = policy.forward(
     config, params, rows.ids, layout, remat=remat, backend=backend
@@ -64,18 +63,24 @@ def token_stats(
     return jnp.take_along_axis(x, order, axis=1)
 
   hidden = jnp.take_along_axis(hidden, in_order(rows.before)[..., None], axis=1)
+  head = params.get('head')
+  axes = 'vd' if head is None else 'dv'
+  head = params['embed'] if head is None else head
+  shards = layouts.parts(hidden, layouts.ROWS)[0]
+  if chunk_tokens is None:
+    cut = layouts.parts(head, layouts.HEAD[axes])[axes.index('v')]
+    chunk_tokens = max(LEAST_TOKENS, CHUNK_LOGITS * cut // config.vocab_size)
   count, length = rows.ids.shape
-  width = min(length, max(1, chunk_tokens // count))
+  width = min(length, max(1, chunk_tokens * shards // count))
   pad = -length % width
   hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
   targets = jnp.pad(in_order(rows.ids), ((0, 0), (0, pad)))
   fullest = jnp.max(jnp.sum(scored, axis=1, dtype=jnp.int32))
   live = (fullest + width - 1) // width
-  head = params.get('head')
   stats = _project(
-    _Projection(width, config.logit_softcap, head is None, tuple(extras)),
+    _Projection(width, shards, config.logit_softcap, axes, tuple(extras)),
     hidden,
-    params['embed'] if head is None else head,
+    head,
     targets,
     live,
     temperature,
@@ -95,19 +100,17 @@ class _Projection(NamedTuple):
 
   Attributes:
     width: columns of a chunk.
+    shards: parts in which devices hold the rows.
     softcap: of the logits, if any.
-    tied: the head is an embedding [V, D], not [D, V].
+    head: axes of the head: 'vd' where it is the embedding, else 'dv'.
     extras: names of further stats.
   """
 
   width: int
+  shards: int
   softcap: float | None
-  tied: bool
+  head: str
   extras: tuple[str, ...]
-
-  @property
-  def head(self) -> str:
-    return 'vd' if self.tied else 'dv'
 
 
 def _scores(how, hidden, head, temperature):
@@ -157,6 +160,9 @@ def _facts(how, hidden, head, targets, live, temperature):
   The largest score and the log of the sum over it, logprob, entropy, extras.
   """
 
+  # Once, not for each chunk.
+  head = layouts.laid(head, layouts.HEAD[how.head])
+
   def step(i, facts):
     target = _slice(targets, i, how.width)
     scores, _ = _scores(how, _slice(hidden, i, how.width), head, temperature)
@@ -192,12 +198,18 @@ def _project_forward(how, hidden, head, targets, live, temperature):
 def _project_backward(how, saved, cotangents):
   """Recomputes each chunk's logits; sums the head's gradient in float32.
 
+  Devices sum it over their own rows, and over one another's at the end.
+
   With p the softmax: dlogprob/dlogits = onehot − p and
   dentropy/dlogits = −p (log p + entropy), both over temperature. What a token
   needs of its whole softmax is kept, so that no chunk is read twice.
   """
   hidden, head, targets, live, temperature, *facts = saved
   columns = targets, *facts, *cotangents[:2]
+  whole = layouts.laid(head, layouts.HEAD[how.head])
+
+  def by_shard(x):
+    return x.reshape(how.shards, -1, *x.shape[1:])
 
   def step(i, grads):
     hidden_grad, head_grad = grads
@@ -205,25 +217,33 @@ def _project_backward(how, saved, cotangents):
     target, top, total, entropy, to_logprob, to_entropy = (
       _slice(c, i, how.width)[..., None] for c in columns
     )
-    scores, slope = _scores(how, x, head, temperature)
+    scores, slope = _scores(how, x, whole, temperature)
     logprobs = scores - top - total
     pull = to_logprob + to_entropy * (logprobs + entropy)
     chosen = target == jnp.arange(scores.shape[-1])[None, None]
     logits_grad = jnp.where(chosen, to_logprob, 0.0) - jnp.exp(logprobs) * pull
     logits_grad = (logits_grad * slope / temperature).astype(head.dtype)
     part = jnp.einsum(
-      f'bcv,{how.head}->bcd', logits_grad, head,
+      f'bcv,{how.head}->bcd', logits_grad, whole,
       preferred_element_type=jnp.float32,
     )  # fmt: skip
     head_grad += jnp.einsum(
-      f'bcd,bcv->{how.head}', x, logits_grad,
+      f'sbcd,sbcv->s{how.head}', by_shard(x), by_shard(logits_grad),
       preferred_element_type=jnp.float32,
     )  # fmt: skip
+    head_grad = layouts.laid(head_grad, layouts.HEAD_PARTS[how.head])
     part = part.astype(x.dtype)
     return _write(hidden_grad, part, i, how.width), head_grad
 
-  start = jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)
+  start = (
+    jnp.zeros_like(hidden),
+    jnp.zeros((how.shards, *head.shape), jnp.float32),
+  )
   hidden_grad, head_grad = jax.lax.fori_loop(0, live, step, start)
+  # Cut before it is cast, or the sum would be of what is cast, and whole.
+  head_grad = layouts.laid(
+    jnp.sum(head_grad, axis=0), layouts.HEAD_GRADIENT[how.head]
+  )
   return hidden_grad, head_grad.astype(head.dtype), None, None, None
 
 

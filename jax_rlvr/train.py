@@ -12,17 +12,25 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import pathlib
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from rich.console import Console
 
-from jax_rlvr import evaluate, metrics, prng, rollout
+from jax_rlvr import (
+  compilation,
+  evaluate,
+  hosts,
+  metrics,
+  prng,
+  rollout,
+  storage,
+)
 from jax_rlvr.actor import Interrupted
 from jax_rlvr.checkpoint import Checkpoints
 from jax_rlvr.config import ConfigError
@@ -46,7 +54,7 @@ from jax_rlvr.setup import (
 
 def train(
   setup: Setup,
-  workdir: pathlib.Path,
+  workdir: storage.Path,
   state: TrainState,
   scorers: Scorers,
   checkpoints: Checkpoints,
@@ -84,7 +92,7 @@ def train(
 
     scores = None
     try:
-      if is_due(first, c.eval_every) and first not in log.scores.steps:
+      if is_due(first, c.eval_every) and not log.has_scores(first):
         scores = evaluated(state)
       if not checkpoints.steps():
         checkpoints.save(state, scores)
@@ -105,7 +113,8 @@ def train(
         started = time.perf_counter()
         state, inner = update(state, tokens, key)
         settle()
-        _write_rollouts(workdir, step + 1, rollouts, advantages)
+        if hosts.is_leader():
+          _write_rollouts(workdir, step + 1, rollouts, advantages)
         measured |= metrics.reduce(jax.device_get(inner))
         measured |= _speed(actor.policy, rollouts, started, measured)
         state = state._replace(step=np.int32(step + 1))
@@ -152,7 +161,7 @@ def _speed(
 
 def _watch(bars, bar, stop: _Stop, progress: Progress) -> None:
   """Between two segments of sampling: shows where it is, or ends it."""
-  if stop.asked:
+  if hosts.any_of('stop', [stop.asked])[0]:
     raise Interrupted
   bars.update(
     bar,
@@ -183,7 +192,8 @@ def _evaluate(setup, workdir, scorers, log, watch, state) -> dict[str, float]:
   log.evaluation(
     int(state.step), measured | {'time/eval_s': time.perf_counter() - started}
   )
-  evaluate.write(workdir / 'eval' / f'{int(state.step):06d}.jsonl', questions)
+  if hosts.is_leader():
+    evaluate.write(workdir / 'eval' / f'{int(state.step):06d}.jsonl', questions)
   setup.console.print(f'held out, after {int(state.step)} steps:')
   setup.console.print(evaluate.tables(measured))
   for each in questions[:: max(1, len(questions) // 3)][:3]:
@@ -205,7 +215,7 @@ def _note(measured) -> str:
 
 
 def _write_rollouts(
-  workdir: pathlib.Path,
+  workdir: storage.Path,
   step: int,
   rollouts: Sequence[Rollout],
   advantages: np.ndarray,
@@ -268,30 +278,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('--config', required=True, help='recipe.py[:key=value,…]')
-  parser.add_argument('--workdir', type=pathlib.Path)
+  parser.add_argument('--workdir', help='folder, or gs://bucket/folder')
   parser.add_argument(
     '--dry_run', action='store_true', help='check all, show all, train nothing'
   )
+  hosts.add_flags(parser)
   arguments = parser.parse_args(argv)
   if not arguments.dry_run and arguments.workdir is None:
     parser.error('--workdir is required')
-  console = Console()
+  compilation.configure()
   try:
-    setup = prepare(arguments.config, console)
-    c = setup.config
+    hosts.start(arguments.coordinator, arguments.processes, arguments.process)
+  except (ValueError, RuntimeError) as error:
+    return _refused(error)
+  compilation.keep_programs()
+  try:
+    code = _run(arguments)
+  except Exception as error:
+    if not hosts.several():
+      raise
+    traceback.print_exc()
+    hosts.abandon(error)
+  hosts.leave()
+  return code
+
+
+def _run(arguments: argparse.Namespace) -> int:
+  console = Console(quiet=not hosts.is_leader())
+  try:
+    with hosts.all_or_none('setup'):
+      setup = prepare(arguments.config, console)
+      c = setup.config
     if arguments.dry_run:
       console.print(resolved(setup))
       console.print(memory(setup))
       console.print(first_prompt(setup), markup=False, highlight=False)
       return 0
-    workdir = arguments.workdir
-    scorers = Scorers(
-      c.tasks_scored,
-      c.scorers,
-      c.reward_deadline_s,
-      c.reward_memory_mb,
-      c.batch_deadline_s,
-    )
+    workdir = storage.path(arguments.workdir)
+    with hosts.all_or_none('scorers'):
+      scorers = Scorers(
+        c.tasks_scored,
+        c.scorers,
+        c.reward_deadline_s,
+        c.reward_memory_mb,
+        c.batch_deadline_s,
+      )
     record(setup, workdir)
   except (ValueError, OSError, ImportError) as error:
     return _refused(error)
@@ -309,12 +340,16 @@ def main(argv: Sequence[str] | None = None) -> int:
       state = start(setup, workdir, checkpoints)
       train(setup, workdir, state, scorers, checkpoints)
   except ConfigError as error:
+    if hosts.several():
+      # It may be this host's alone.
+      hosts.abandon(error, 2)
     return _refused(error)
   except Interrupted as stopped:
     console.print(f'stopped and saved at {stopped}; run again to go on')
-    return 75
+    return hosts.AGAIN
   console.print(
-    f'next: python -m jax_rlvr.evaluate --workdir {workdir} --samples 8',
+    f'next: python -m jax_rlvr.evaluate --workdir {arguments.workdir} '
+    '--samples 8',
     soft_wrap=True,
   )
   return 0

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from jax_rlvr import evidence
+from jax_rlvr import mesh as layouts
 from jax_rlvr.packing import pack
 from jax_rlvr.policy import PolicyConfig, Remat, attention, cast
 from jax_rlvr.policy_gradient import token_gradients
@@ -44,6 +45,8 @@ def make_update(
   share_prompts: bool = True,
   backend: attention.Backend = attention.XLA,
   place: Callable[[Any], Any] = jax.device_put,
+  own: Sequence[int] | None = None,
+  place_own: Callable[[Any], Any] | None = None,
   on_policy: bool = True,
 ) -> Callable[[TrainState, Tokens, jax.Array], tuple[TrainState, Measured]]:
   """Builds `update(state, tokens, key) -> (state, measured)`.
@@ -69,6 +72,8 @@ def make_update(
     share_prompts: completions of a prompt share its tokens in a row.
     backend: of attention.
     place: puts host rows on the devices.
+    own: shards whose rows this host packs; all if None.
+    place_own: as `place`, of their rows alone; `place` if None.
     on_policy: all tokens were drawn with the weights that the first inner step
       begins with, so that it takes the sampler's own numbers.
 
@@ -96,9 +101,11 @@ def make_update(
     for i in range(inner_steps):
       inner = slice(i * sequences, (i + 1) * sequences)
       part = jax.tree.map(operator.itemgetter(inner), tokens)
-      packed = pack(part, row_tokens, rows, shards, share_prompts)
+      packed = (place_own or place)(
+        pack(part, row_tokens, rows, shards, share_prompts, own)
+      )
       params, opt_state, filter_state, scalars = inner_step(
-        params, opt_state, filter_state, place(part), place(packed),
+        params, opt_state, filter_state, place(part), packed,
         jax.random.fold_in(key, i), state.reference, i == 0,
       )  # fmt: skip
       measured.append(scalars)
@@ -169,7 +176,7 @@ def _inner_step(
   if tokens.fresh is not None:
     sampler = jnp.where(tokens.fresh, sampler, jnp.nan)
   # Once, whatever the number of microbatches.
-  weights = cast(params, dtype)
+  weights = layouts.laid_by(cast(params, dtype), layouts.TRAINING)
   if packed.ids.shape[0] <= max(microbatch_rows, shards):
     # One vjp serves both passes.
 
@@ -209,7 +216,13 @@ def _inner_step(
 
   def step(params, opt_state, _):
     steps, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, steps), opt_state, next_filter_state
+    params = optax.apply_updates(params, steps)
+    # As they came, or the next step would have to be compiled anew.
+    params = layouts.laid_by(params, layouts.TRAINING)
+    opt_state = layouts.laid_by(
+      opt_state, layouts.TRAINING, layouts.state_shardings
+    )
+    return params, opt_state, next_filter_state
 
   measured = {
     'grad_norm': grad_norm,
@@ -296,6 +309,7 @@ def _pull_by_microbatch(
     stats, pullback = jax.vjp(lambda p: stats_of(p, rows), params)
     (grads,) = pullback(_take(cotangents, index))
     total = jax.tree.map(lambda a, g: a + g.astype(a.dtype), total, grads)
+    total = layouts.laid_by(total, layouts.TRAINING)
     more = evidence.gap(stats.logprob, _take(sampler, index), rows.place >= 0)
     return total, evidence.joined(gap, more)
 

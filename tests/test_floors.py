@@ -12,13 +12,14 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'jax_rlvr'
 
 FLOORS = {
   1: (
-    'records checksum masked prng mesh chat tokenizer tokenizer_folder '
-    'advantages config metrics policy_gradient evidence evaluation scores'
+    'records checksum masked prng storage compilation hosts mesh chat '
+    'tokenizer tokenizer_folder advantages config metrics policy_gradient '
+    'evidence evaluation scores chips hlo pieces'
   ),
   2: 'filters tasks policy checkpoint manifest stream',
   3: 'token_stats sampling packing scoring reward_process',
   4: 'sft actor carried rollout update loaded',
-  5: 'evaluate setup export',
+  5: 'evaluate setup export lowered compiled plan',
   6: 'train',
 }
 FLOOR = {room: n for n, rooms in FLOORS.items() for room in rooms.split()}

@@ -304,6 +304,15 @@ def test_rows_do_not_depend_on_the_order_of_the_batch():
     jax.tree.map(np.testing.assert_array_equal, rows, other)
 
 
+def test_host_makes_the_rows_of_its_own_shards_alone():
+  whole = pack(batch(), 40, rows=12, shards=4)
+  for own in ([0], [1, 3]):
+    made = pack(batch(), 40, rows=12, shards=4, own=own)
+    for x, everything in zip(made, whole, strict=True):
+      blocks = everything.reshape(4, 3, 40)[own]
+      np.testing.assert_array_equal(x, blocks.reshape(-1, 40))
+
+
 def test_what_cannot_be_packed_is_refused():
   with pytest.raises(ValueError, match='more than a row of 5'):
     pack(batch(), 5, rows=12)
@@ -317,8 +326,13 @@ def test_what_cannot_be_packed_is_refused():
 
 
 def counted(p, rows):
-  """Stats of which each scored token's gradient in p is 10^id."""
-  return TokenStats(p * jnp.where(rows.place < 0, 0.0, 10.0**rows.ids))
+  """Stats of which each scored token's gradient in the norm is 10^id."""
+  return TokenStats(p['norm'] * jnp.where(rows.place < 0, 0.0, 10.0**rows.ids))
+
+
+def norm(value):
+  """Params that are one number."""
+  return {'norm': jnp.float32(value)}
 
 
 def in_columns(count):
@@ -347,13 +361,13 @@ def test_every_wanted_row_of_every_shard_is_counted_once(microbatch_rows):
   gradient = jnp.array([0, 1, 2, 0, 0, 3], jnp.float32)[:, None]
   for shards in (1, 2, 6):
     total, gap = update._pull_by_microbatch(
-      counted, jnp.float32(0), rows, microbatch_rows, TokenStats(gradient),
+      counted, norm(0), rows, microbatch_rows, TokenStats(gradient),
       gradient, shards=shards,
     )  # fmt: skip
     assert gap.count == 3
-    assert total == 300210
+    assert total == norm(300210)
     stats = update._stats_by_microbatch(
-      counted, jnp.float32(1), rows, (6, 1), microbatch_rows, shards
+      counted, norm(1), rows, (6, 1), microbatch_rows, shards
     )
     np.testing.assert_array_equal(stats.logprob[:, 0], 10.0 ** np.arange(6))
 
@@ -372,7 +386,7 @@ def test_no_row_moves_between_devices_for_a_microbatch():
     stats = update._stats_by_microbatch(counted, p, rows, (24, 5), 8, 8)
     return pulled, stats
 
-  text = jax.jit(both).lower(jnp.float32(1), rows, gradient).compile().as_text()
+  text = jax.jit(both).lower(norm(1), rows, gradient).compile().as_text()
   moves = 'all-gather', 'all-to-all', 'collective-permute', 'all-reduce'
   looped = [
     line

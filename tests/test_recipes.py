@@ -204,10 +204,10 @@ CHIPS = {'v5p': 95, 'v6e': 32}
 
 @each_of_papers
 def test_chips_named_have_room_by_arithmetic(name):
-  """Three quarters of what they have; the rest is for temporaries."""
+  """Four fifths of what they have; the rest is for temporaries."""
   shape, text = shape_of(name), ' '.join(docstring(name).split())
   hardware = re.findall(
-    r'(\d+) (v5p|v6e)(?: chips| with `(:slots=\d+)`)', text.split('runs/')[0]
+    r'(\d+) (v5p|v6e)(?: chips| with `(:[\w=,]+)`)', text.split('runs/')[0]
   )
   assert hardware and hardware[0][1] == 'v5p'
   sizes = jax.tree.map(lambda x: x.size, policy.abstract_params(shape))
@@ -215,7 +215,7 @@ def test_chips_named_have_room_by_arithmetic(name):
   cached = shape.layers * shape.kv_heads * shape.head_size * 2  # K and V
   for chips, kind, overrides in hardware:
     found, chips = load(name, overrides), int(chips)
-    shards, room = chips // found.tensor, CHIPS[kind] * 1e9 * 0.75
+    shards, room = chips // found.tensor, CHIPS[kind] * 1e9 * 0.8
     assert shape.kv_heads % found.tensor == found.slots % shards == 0
     # Master weights and two moments, cut over all chips.
     state = 12 * parameters / chips

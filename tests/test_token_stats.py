@@ -112,9 +112,12 @@ def largest_logits(function, params):
     tuple(map(int, found.split(',')))
     for found in re.findall(r'f32\[([\d,]+)\]', text)
   }
-  # The head's own shape, and its transpose, are parameters.
+  # The head's own shape, and its transpose, are parameters; the gradient has
+  # an axis for the shards.
   with_vocabulary = [
-    shape for shape in shapes if V in shape and sorted(shape) != [16, V]
+    shape
+    for shape in shapes
+    if V in shape and sorted(n for n in shape if n > 1) != [16, V]
   ]
   return max(int(np.prod(shape)) // V for shape in with_vocabulary)
 

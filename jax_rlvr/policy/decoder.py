@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_rlvr import mesh as layouts
 from jax_rlvr.policy import attention
 from jax_rlvr.policy.attention import Attend, Layout, capped
 from jax_rlvr.policy.config import PolicyConfig, RopeScaling
@@ -267,7 +268,8 @@ _looked_up.defvjp(
 
 def embed(config: PolicyConfig, params: Params, ids: jax.Array) -> jax.Array:
   """Token embeddings [..., D]."""
-  x = _looked_up(params['embed'], ids)
+  # Else the partitioner would cut what it looks up as the table is cut.
+  x = layouts.laid(_looked_up(params['embed'], ids), layouts.ROWS)
   if config.scale_embeddings:
     # Rounded as the models were trained: the factor has the weights' type.
     x *= jnp.asarray(config.width**0.5, x.dtype)
@@ -284,7 +286,8 @@ def scan_blocks(
     weights, local = weights_and_local
     # Known where all layers are of one kind.
     local = kinds == {True} if len(kinds) == 1 else local
-    return block_from(config, weights)(x, rotate, attend, local)
+    x, kept = block_from(config, weights)(x, rotate, attend, local)
+    return layouts.laid(x, layouts.ROWS), kept
 
   if remat != 'none':
     policies = jax.checkpoint_policies

@@ -4,10 +4,10 @@ from jax_rlvr.sampling.draw import Drawn as Drawn
 from jax_rlvr.sampling.draw import draw as draw
 from jax_rlvr.sampling.draw import inverse_cdf as inverse_cdf
 from jax_rlvr.sampling.engine import Engine as Engine
-from jax_rlvr.sampling.schedule import Completed as Completed
-from jax_rlvr.sampling.schedule import Group as Group
-from jax_rlvr.sampling.schedule import Progress as Progress
-from jax_rlvr.sampling.schedule import never as never
+from jax_rlvr.sampling.requests import Completed as Completed
+from jax_rlvr.sampling.requests import Group as Group
+from jax_rlvr.sampling.requests import Progress as Progress
+from jax_rlvr.sampling.requests import never as never
 from jax_rlvr.sampling.stop import stops as stops
 from jax_rlvr.sampling.stop import written as written
 from jax_rlvr.sampling.transforms import Transform as Transform

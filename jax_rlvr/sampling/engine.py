@@ -14,13 +14,8 @@ from jax_rlvr import mesh as layouts
 from jax_rlvr import policy
 from jax_rlvr.policy import PolicyConfig, Rings, attention
 from jax_rlvr.policy.pages import Pages
-from jax_rlvr.sampling.schedule import (
-  Completed,
-  Group,
-  Progress,
-  Schedule,
-  never,
-)
+from jax_rlvr.sampling.requests import Completed, Group, Progress, never
+from jax_rlvr.sampling.schedule import Schedule
 from jax_rlvr.sampling.transforms import Transform
 
 # Narrowest window, in columns; wider ones are twice as wide each.
@@ -161,11 +156,12 @@ class Engine:
   ) -> Iterator[Progress]:
     """Completes the groups, in about their order, a segment at a time.
 
-    A completion depends on its first tokens, its key and the weights alone.
+    A completion depends on its first tokens, its key and the weights alone. Of
+    several hosts each brings groups of its own, and sees what became of them.
 
     Args:
       weights: as `unstacked` gives them.
-      groups: all there is to do.
+      groups: all there is to do here.
       temperature: 0 for argmax.
       end_ids: any of them ends a completion.
       transform: of the distribution that is drawn from.

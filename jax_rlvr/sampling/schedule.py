@@ -4,24 +4,26 @@ Between two segments of the jitted loop it takes out what is finished, reads
 prompts, fills idle slots, widens the attention window, and, once nothing waits
 any more, packs what is live into fewer slots. Nothing of that changes a
 completion: those depend on their keys.
+
+Of several hosts each does so for its own shards. Programs run on all of them,
+so the hosts agree which program comes next, and in what shape.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
-import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
+from jax_rlvr import hosts, policy
 from jax_rlvr import mesh as layouts
-from jax_rlvr import policy
 from jax_rlvr.sampling import slots as programs
 from jax_rlvr.sampling.draw import Drawn
+from jax_rlvr.sampling.requests import Completed, Group, Progress
 from jax_rlvr.sampling.transforms import Transform
 
 if TYPE_CHECKING:
@@ -35,104 +37,12 @@ PREFILL_TOKENS = 2048
 FEW = 8
 
 
-@dataclasses.dataclass
-class Completed:
-  """A completion, or the beginning of one; see `Drawn` for the numbers.
-
-  Attributes:
-    group, sample: whose.
-    ids: tokens; the end token is one of them.
-    logprob, sampled_logprob, entropy: nats of each.
-    ended: with an end token or a stop string; else cut at its limit.
-    failed: the logits of the token after the last were not finite.
-  """
-
-  group: int
-  sample: int
-  ids: list[int] = dataclasses.field(default_factory=list)
-  logprob: list[float] = dataclasses.field(default_factory=list)
-  sampled_logprob: list[float] = dataclasses.field(default_factory=list)
-  entropy: list[float] = dataclasses.field(default_factory=list)
-  ended: bool = False
-  failed: bool = False
-
-  def keep(self, length: int) -> None:
-    """Forgets what comes after the first tokens."""
-    for x in (self.ids, self.logprob, self.sampled_logprob, self.entropy):
-      del x[length:]
-
-
-class Group(NamedTuple):
-  """Completions of one prompt.
-
-  Attributes:
-    ids: int32, one at least.
-    keys: uint32 [G, 2], data of one key a completion.
-    limits: int [G], completion tokens at the most; more than have begun.
-    begun: what they begin with; None for nothing.
-  """
-
-  ids: np.ndarray
-  keys: np.ndarray
-  limits: np.ndarray
-  begun: Completed | None = None
-
-  @property
-  def tokens(self) -> np.ndarray:
-    """All that is there: prompt and beginning."""
-    return np.append(self.ids, self.begun.ids) if self.begun else self.ids
-
-  def start(self, number: int, sample: int) -> Completed:
-    """The completion of a sample, with what is there."""
-    completion = Completed(number, sample)
-    if self.begun:
-      for name in ('ids', 'logprob', 'sampled_logprob', 'entropy'):
-        setattr(completion, name, list(getattr(self.begun, name)))
-    return completion
-
-
-class Progress(NamedTuple):
-  """What a segment has brought.
-
-  Attributes:
-    finished: completions that it finished.
-    running: those in slots.
-    done, total: completions that are finished, of how many.
-    tokens: that it drew.
-    columns: of the window it ran with.
-    slots: that it ran with.
-    seconds: that it took.
-  """
-
-  finished: list[Completed]
-  running: list[Completed]
-  done: int
-  total: int
-  tokens: int
-  columns: int
-  slots: int
-  seconds: float
-
-  @property
-  def note(self) -> str:
-    """The same for people."""
-    longest = max((len(c.ids) for c in self.running), default=0)
-    return (
-      f'{self.tokens / self.seconds:.0f} tokens/s  '
-      f'{len(self.running)}/{self.slots} slots live  longest {longest}'
-    )
-
-
 class _Waiting(NamedTuple):
-  """A completion whose prompt has been read: as row `source` of `prompts`."""
+  """A completion whose prompt has been read: row `source` of a prefill."""
 
-  prompts: policy.Prompts
+  prefill: int
   source: int
   of: Completed
-
-
-def never(completed: Completed) -> None:
-  """No text ends a completion."""
 
 
 class Schedule:
@@ -158,14 +68,19 @@ class Schedule:
     self.temperature = np.float32(temperature)
     self.end_ids = np.array(end_ids, np.int32)
     self.unread = collections.deque(range(len(groups)))
-    self.waiting = [collections.deque() for _ in range(engine.shards)]
+    self.shards = len(layouts.own_shards(engine.mesh))
+    self.waiting = [collections.deque() for _ in range(self.shards)]
+    # What has been read, by its number, while any host has use for it.
+    self.prefills: dict[int, policy.Prompts] = {}
+    self.number = 0
     self.done, self.total = 0, sum(len(group.limits) for group in groups)
     self.size, self.columns = shape or (
       self._size_for(self.total),
       engine.windows[0],
     )
+    self.idle, self.goes_on = 0, False
     self.occupants: list[list[Completed | None]]
-    self.occupants = [[None] * self.size for _ in range(engine.shards)]
+    self.occupants = [[None] * self.size for _ in range(self.shards)]
     self.slots = programs.empty(
       engine.policy,
       engine.cache,
@@ -177,27 +92,59 @@ class Schedule:
     )
 
   def begin(self) -> bool:
-    """Fills idle slots; False if there is nothing left to decode."""
+    """Fills idle slots; False if there is nothing left to decode, anywhere."""
     self._read()
     assigned = self._assign()
-    if not any(map(any, self.occupants)):
+    waiting = [entry.prefill for shard in self.waiting for entry in shard]
+    everywhere = hosts.agree(
+      'what to decode',
+      [
+        max(sum(map(bool, shard)) for shard in self.occupants),
+        max(map(self._tokens_after_segment, self._running()), default=0),
+        any(assigned),
+        bool(self.unread or waiting),
+        -min(waiting, default=self.number),
+        sum(shard.count(None) for shard in self.occupants),
+      ],
+    )
+    busy, tokens, begins, waits, oldest, _ = everywhere.max(axis=0).tolist()
+    if not busy:
       return False
-    self._fit(may_shrink=not any(assigned))
-    while any(assigned):
-      prompts = next(shard[0][1].prompts for shard in assigned if shard)
-      most = max(map(len, assigned))
-      self._admit(
-        prompts, assigned, self.size if most > FEW else min(self.size, FEW)
+    # Hosts of a crew count the same slots.
+    crew = len(layouts.crew(self.engine.mesh))
+    self.idle = int(everywhere[:, -1].sum()) // crew
+    self.goes_on = bool(waits)
+    columns = self.engine.window(tokens)
+    if columns > self.columns:
+      self._repack(self.size, columns)
+    if not (begins or waits):
+      for size in self.engine.sizes:
+        if busy <= size < self.size:
+          self.idle -= (self.size - size) * self.engine.shards
+          self._repack(size, self.columns)
+    while begins:
+      heads = [shard[0][1].prefill for shard in assigned if shard]
+      number, count = hosts.most(
+        'what to begin',
+        -min(heads, default=self.number),
+        max(map(len, assigned)),
       )
+      if not count:
+        break
+      self._admit(
+        -number, assigned, self.size if count > FEW else min(self.size, FEW)
+      )
+    for number in [n for n in self.prefills if n < -oldest]:
+      del self.prefills[number]
     return True
 
   def rehearse(self) -> None:
     """Runs the programs of these slots and columns, on nothing."""
     engine = self.engine
     for width in engine.prompt_widths:
-      prompts = self._prefill([], width)
+      self.prefills[0] = self._prefill([], width)
       for count in {min(self.size, FEW), self.size}:
-        self._admit(prompts, [[] for _ in self.occupants], count)
+        self._admit(0, [[] for _ in self.occupants], count)
     self.advance()
     smaller = [size for size in engine.sizes if size < self.size][:1]
     wider = [columns for columns in engine.windows if columns > self.columns]
@@ -220,12 +167,12 @@ class Schedule:
       self.slots,
       self.temperature,
       self.end_ids,
-      np.int32(self._idle_limit(everyone)),
+      np.int32(self._idle_limit()),
       engine.segment_tokens,
       self.transform,
       engine.mesh,
     )
-    live, counts, drawn = jax.device_get(
+    live, counts, drawn = layouts.own_rows(
       (self.slots.live, self.slots.counts, drawn)
     )
     finished, stopped, tokens = [], [], 0
@@ -248,12 +195,12 @@ class Schedule:
     if stopped:
       live = live & ~np.isin(np.arange(live.size), stopped)
       self.slots = self.slots._replace(
-        live=layouts.place_rows(engine.mesh, live)
+        live=layouts.place_own_rows(engine.mesh, live)
       )
     self.done += len(finished)
     return Progress(
       finished=finished,
-      running=[c for shard in self.occupants for c in shard if c],
+      running=list(self._running()),
       done=self.done,
       total=self.total,
       tokens=tokens,
@@ -273,49 +220,57 @@ class Schedule:
       np.isin(new.ids[good - 1], self.end_ids)
     )
 
+  def _running(self) -> Iterator[Completed]:
+    return (c for shard in self.occupants for c in shard if c)
+
   def _read(self) -> None:
     """Reads prompts until each shard has enough for its idle slots.
 
     A program that reads some reads as many as it has places for.
     """
-    shards = range(self.engine.shards)
-    while self.unread:
-      wanted = [
+    shards = range(self.shards)
+    while True:
+      wanted = max(
         self.occupants[z].count(None) - len(self.waiting[z]) for z in shards
-      ]
-      if max(wanted) <= 0:
+      )
+      width = 0
+      if self.unread and wanted > 0:
+        longest = len(self.groups[self.unread[0]].tokens)
+        width = self.engine.prompt_width(longest)
+      (width,) = hosts.most('prompts to read', width)
+      if not width:
         return
-      width = self.engine.prompt_width(len(self.groups[self.unread[0]].tokens))
       taken = []
       for place in self._prompt_places(width):
         if not self.unread or len(self.groups[self.unread[0]].tokens) > width:
           break
         taken.append((place, self.unread.popleft()))
-      prompts = self._prefill(taken, width)
+      self.prefills[self.number] = self._prefill(taken, width)
       for (z, row), number in taken:
         self.waiting[z].extend(
-          _Waiting(prompts, row, self.groups[number].start(number, sample))
+          _Waiting(self.number, row, self.groups[number].start(number, sample))
           for sample in range(len(self.groups[number].limits))
         )
+      self.number += 1
 
   def _prompt_places(self, width: int) -> list[tuple[int, int]]:
     """(shard, row) of the prompts of one `prefill`, in turn."""
     rows = max(1, min(self.engine.sizes[0], PREFILL_TOKENS // width))
-    return [(z, row) for row in range(rows) for z in range(self.engine.shards)]
+    return [(z, row) for row in range(rows) for z in range(self.shards)]
 
   def _prefill(
     self, taken: list[tuple[tuple[int, int], int]], width: int
   ) -> policy.Prompts:
     """Reads the prompts of groups, in their places."""
     places = self._prompt_places(width)
-    ids = np.zeros((self.engine.shards, places[-1][1] + 1, width), np.int32)
+    ids = np.zeros((self.shards, places[-1][1] + 1, width), np.int32)
     for place, number in taken:
       prompt = self.groups[number].tokens
       ids[place][: len(prompt)] = prompt
     return programs.prefill(
       self.engine.policy,
       self.weights,
-      layouts.place_rows(self.engine.mesh, ids.reshape(-1, width)),
+      layouts.place_own_rows(self.engine.mesh, ids.reshape(-1, width)),
       self.engine.backend,
       self.engine.mesh,
     )
@@ -331,23 +286,6 @@ class Schedule:
       assigned.append(taken)
     return assigned
 
-  def _fit(self, may_shrink: bool) -> None:
-    """Widens the window for the longest; halves the slots once they are."""
-    columns = self.engine.window(
-      max(
-        self._tokens_after_segment(c)
-        for c in itertools.chain(*self.occupants)
-        if c
-      )
-    )
-    if columns > self.columns:
-      self._repack(self.size, columns)
-    if may_shrink and not self.unread and not any(self.waiting):
-      busy = max(sum(map(bool, shard)) for shard in self.occupants)
-      for size in self.engine.sizes:
-        if busy <= size < self.size:
-          self._repack(size, self.columns)
-
   def _repack(self, size: int, columns: int) -> None:
     """Live slots first, in as many as `size`."""
     chosen = np.array(
@@ -360,7 +298,7 @@ class Schedule:
     self.slots = programs.repack(
       self.engine.policy,
       self.slots,
-      layouts.place_rows(self.engine.mesh, chosen.reshape(-1)),
+      layouts.place_own_rows(self.engine.mesh, chosen.reshape(-1)),
       columns,
       self.engine.shards,
       self.engine.mesh,
@@ -378,11 +316,11 @@ class Schedule:
 
   def _admit(
     self,
-    prompts: policy.Prompts,
+    prefill: int,
     assigned: list[list[tuple[int, _Waiting]]],
     count: int,
   ) -> None:
-    """Copies prompts of one `prefill` into `count` slots of each shard."""
+    """Copies prompts of one prefill into `count` slots of each shard."""
     shape = (len(assigned), count)
     slots = np.full(shape, self.size, np.int32)
     sources, ids, lengths, counts, limits = np.zeros((5, *shape), np.int32)
@@ -392,7 +330,7 @@ class Schedule:
       seen = np.zeros((*shape, self.engine.policy.vocab_size), bool)
     for z, shard in enumerate(assigned):
       for m in range(count):
-        if not shard or shard[0][1].prompts is not prompts:
+        if not shard or shard[0][1].prefill != prefill:
           break
         slot, (_, source, completion) = shard.pop(0)
         at, group = (z, m), self.groups[completion.group]
@@ -412,25 +350,25 @@ class Schedule:
     entries = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), entries)
     self.slots = programs.admit(
       self.slots,
-      prompts,
-      layouts.place_rows(self.engine.mesh, entries),
+      self.prefills[prefill],
+      layouts.place_own_rows(self.engine.mesh, entries),
       self.engine.shards,
       self.engine.mesh,
     )
 
-  def _idle_limit(self, everyone: list[Completed | None]) -> int:
-    """Idle slots at which a segment should end."""
-    idle = everyone.count(None)
-    if self.unread or any(self.waiting):
-      return idle + max(1, len(everyone) // 8)
+  def _idle_limit(self) -> int:
+    """Idle slots, of all hosts, at which a segment should end."""
+    count = self.size * self.engine.shards
+    if self.goes_on:
+      return self.idle + max(1, count // 8)
     smaller = [size for size in self.engine.sizes if size < self.size]
     if not smaller:
-      return len(everyone) + 1
-    return max(idle + 1, len(everyone) - smaller[0] * self.engine.shards)
+      return count + 1
+    return max(self.idle + 1, count - smaller[0] * self.engine.shards)
 
   def _size_for(self, completions: int) -> int:
-    """Slots of a shard for so many, spread evenly."""
-    each = -(-completions // self.engine.shards)
+    """Slots of a shard for so many of this host, spread evenly."""
+    (each,) = hosts.most('completions', -(-completions // self.shards))
     return next(
       (size for size in reversed(self.engine.sizes) if size >= each),
       self.engine.sizes[0],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Sequence
 
-from jax_rlvr.sampling.schedule import Completed
+from jax_rlvr.sampling.requests import Completed
 from jax_rlvr.tokenizer import Tokenizer
 
 

@@ -148,8 +148,6 @@ def collectives(text):
   """(kind, numbers, groups of devices) of each collective of a program."""
   import math
 
-  import numpy as np
-
   found = []
   pattern = (
     r'= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|'
@@ -160,35 +158,7 @@ def collectives(text):
       math.prod(map(int, filter(None, dims.split(','))))
       for dims in re.findall(r'\[([\d,]*)\]', shapes)
     ]
-    listed = re.search(
-      r'(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]+\},?)*)\}', rest
-    )
-    iota = re.search(
-      r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', rest
-    )
-    mesh = re.search(r'replica_groups=mesh\[(.*?)\] \{(.*?)\}', rest)
-    if mesh:
-      axes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-      within = re.findall(r"'(\w+)'", mesh[2])
-      ids = np.arange(DATA * TENSOR).reshape([int(x) for x in axes.values()])
-      places = [list(axes).index(name) for name in within]
-      ids = np.moveaxis(ids, places, range(-len(places), 0))
-      groups = ids.reshape(-1, math.prod(int(axes[x]) for x in within))
-      groups = groups.tolist()
-    elif iota:
-      shape, dims, order = (
-        [int(x) for x in part.split(',')] if part else None
-        for part in iota.groups()
-      )
-      ids = np.arange(math.prod(dims)).reshape(dims)
-      ids = ids if order is None else ids.transpose(order)
-      groups = ids.reshape(shape).tolist()
-    else:
-      assert listed, rest
-      groups = [
-        [int(x) for x in group.split(',')]
-        for group in re.findall(r'\{([\d,]+)\}', listed[1])
-      ] or [list(range(DATA * TENSOR))]
+    groups = libtpu.groups(rest, DATA * TENSOR)
     found.append((kind, max(widths), groups))
   return found
 
