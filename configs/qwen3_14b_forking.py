@@ -3,8 +3,8 @@
 Reproduces: `Beyond the 80/20 Rule <https://arxiv.org/abs/2506.01939>`_, 2025,
 §5.2: configs/qwen3_8b_forking.py with a larger policy.
 
-Hardware: 32 v5p chips; by arithmetic, as no run of this size has been made
-here.
+Hardware: 32 v5p chips; by the plan of docs/pods.md, as no run of this size has
+been made here.
 
   python -m jax_rlvr.train --config configs/qwen3_14b_forking.py \
     --workdir runs/qwen3_14b_forking
@@ -38,5 +38,6 @@ def get_config(
     policy='Qwen/Qwen3-14B-Base',
     # Keys and values of a slot take 3.7 GB.
     slots=512,
+    tensor=4,
   )
   return dataclasses.replace(smaller, **settings | overrides)

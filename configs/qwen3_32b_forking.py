@@ -39,5 +39,6 @@ def get_config(
     policy='Qwen/Qwen3-32B-Base',
     # Keys and values of a slot take 5.9 GB.
     slots=512,
+    tensor=8,
   )
   return dataclasses.replace(smaller, **settings | overrides)

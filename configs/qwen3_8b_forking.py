@@ -5,8 +5,8 @@ Reproduces: `Beyond the 80/20 Rule <https://arxiv.org/abs/2506.01939>`_, 2025,
 512 prompts of 16 completions a step, 16 updates a step, groups without a
 difference replaced, answers beyond 16,384 tokens penalised up to 20,480.
 
-Hardware: 16 v5p chips, or 32 v6e with `:slots=128`; by arithmetic, as no run of
-this size has been made here.
+Hardware: 16 v5p chips, or 32 v6e with `:slots=128`; by the plans of
+docs/pods.md, as no run of this size has been made here.
 
   pip install '.[math]'
   python -m jax_rlvr.train --config configs/qwen3_8b_forking.py \
@@ -100,7 +100,7 @@ def get_config(
     # Keys and values of a slot take 3.3 GB.
     slots=256,
     microbatch_tokens=180_224,
-    tensor=8,
+    tensor=2,
     scorers=8,
   )
   return Config(**settings | overrides)
