@@ -26,10 +26,6 @@ refuse() { echo "error: $*" >&2; exit 2; }
 processes=2 devices=1 port=$((20000 + RANDOM % 20000)) grace=60 dry_run=0
 python=python logs=${TMPDIR:-/tmp}/jax_rlvr.$$
 trainer=()
-# Else devices may start independent collectives in different orders, and wait
-# for one another for good.
-in_order='--xla_cpu_enable_concurrency_optimized_scheduler=false'
-in_order+=' --xla_cpu_multi_thread_eigen=false'
 while [ $# -gt 0 ]; do
   case $1 in
     --processes | --devices | --port | --grace | --logs | --python)
@@ -54,7 +50,7 @@ process() { # its number
   # exec, for signals and the exit code to be the trainer's.
   [ "$dry_run" = 1 ] || set -- "$1" exec
   run "${@:2}" env "JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}" \
-    "XLA_FLAGS=${XLA_FLAGS:-} $in_order --xla_force_host_platform_device_count=$devices" \
+    "XLA_FLAGS=${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices" \
     "$python" -m jax_rlvr.train "${trainer[@]}" \
     --coordinator "127.0.0.1:$port" --processes "$processes" --process "$1"
 }

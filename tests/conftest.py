@@ -13,7 +13,6 @@ os.environ['XLA_FLAGS'] = ' '.join(
     # Else devices may start independent collectives in different orders, and
     # wait for one another for good.
     '--xla_cpu_enable_concurrency_optimized_scheduler=false',
-    '--xla_cpu_multi_thread_eigen=false',
   ]
 )
 

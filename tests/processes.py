@@ -31,8 +31,7 @@ def begun(
   coordinator = f'127.0.0.1:{free_port()}'
   environment = os.environ | {
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} '
-    '--xla_cpu_enable_concurrency_optimized_scheduler=false '
-    '--xla_cpu_multi_thread_eigen=false',
+    '--xla_cpu_enable_concurrency_optimized_scheduler=false',
     'JAX_PLATFORMS': 'cpu',
     'JAX_CPU_ENABLE_ASYNC_DISPATCH': '0',
     'PYTHONPATH': str(ROOT),

@@ -1,4 +1,11 @@
-"""Several processes train as one does, and stop and go on together."""
+"""Several processes train as one does, and stop and go on together.
+
+  python -m pytest tests/pods.py
+
+Not among the tests that always run: now and then XLA:CPU (jax 0.10.2) begins
+two independent collectives of a program in one order on some devices and in
+another on others, and all wait for good.
+"""
 
 import json
 import signal
