@@ -149,7 +149,7 @@ class Checkpoints:
       try:
         with hosts.all_or_none('restoring'):
           return self._restore_state(abstract, found)
-      except ValueError as error:
+      except ConfigError as error:
         if step is not None or len(self.steps()) == 1:
           raise
         aside = self._set_aside(found)
@@ -213,13 +213,14 @@ class Checkpoints:
   def _set_aside(self, step: int) -> storage.Path:
     """Moves a checkpoint out of the way of those to come."""
     aside = self.folder.with_name(f'{self.folder.name}_damaged')
+    place = aside
     with hosts.all_or_none('setting a checkpoint aside'):
       if hosts.is_leader():
         aside.mkdir(exist_ok=True)
         place = aside / f'{step}-{len(list(aside.iterdir()))}'
         (self.folder / str(step)).rename(place)
     self._manager.reload()
-    return aside
+    return place
 
 
 def _reason(error: Exception) -> str:

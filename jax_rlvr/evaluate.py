@@ -29,7 +29,6 @@ import rich.console
 
 from jax_rlvr import (
   checkpoint,
-  compilation,
   config,
   hosts,
   manifest,
@@ -131,26 +130,7 @@ def check(
 
 def main(argv: Sequence[str] | None = None) -> int:
   """The command; returns its exit code."""
-  arguments = _parser().parse_args(argv)
-  compilation.configure()
-  try:
-    hosts.start(arguments.coordinator, arguments.processes, arguments.process)
-  except (ValueError, RuntimeError) as error:
-    return _refused(error)
-  compilation.keep_programs()
-  try:
-    code = _run(arguments)
-  except Exception as error:
-    if not hosts.several():
-      raise
-    hosts.abandon(error)
-  hosts.leave()
-  return code
-
-
-def _refused(error: Exception) -> int:
-  print(f'error: {error}', file=sys.stderr)
-  return 2
+  return hosts.run(_run, _parser().parse_args(argv))
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -170,7 +150,8 @@ def _run(arguments: argparse.Namespace) -> int:
       with hosts.all_or_none('weights'):
         params, step, of = _read(subject, arguments)
     except (ValueError, OSError, ImportError) as error:
-      return _refused(error)
+      print(f'error: {error}', file=sys.stderr)
+      return 2
     with metrics.progress(console) as bars:
       bar = bars.add_task('evaluate', total=None, note='')
       measured, questions = run(

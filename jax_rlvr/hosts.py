@@ -13,13 +13,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jax_rlvr import compilation
 from jax_rlvr.config import ConfigError
 
 if TYPE_CHECKING:
@@ -102,6 +104,36 @@ def start(
     # collectives for good (jax 0.10.2).
     jax.config.update('jax_enable_compilation_cache', False)
   _watch.start(deadline_s)
+
+
+def run(
+  command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace
+) -> int:
+  """Runs a command together with the other hosts, and parts from them.
+
+  Args:
+    command: returns its exit code; the same on all hosts.
+    arguments: of the command, with those of `add_flags`.
+
+  Returns:
+    The exit code; 2 where the others cannot be joined.
+  """
+  compilation.configure()
+  try:
+    start(arguments.coordinator, arguments.processes, arguments.process)
+  except (ValueError, RuntimeError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  compilation.keep_programs()
+  try:
+    code = command(arguments)
+  except Exception as error:
+    if not several():
+      raise
+    traceback.print_exc()
+    abandon(error)
+  leave()
+  return code
 
 
 def is_leader() -> bool:

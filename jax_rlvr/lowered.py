@@ -20,14 +20,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_rlvr import mesh as layouts
-from jax_rlvr import packing, policy, rollout
+from jax_rlvr import policy, rollout
 from jax_rlvr.config import Config, ConfigError
 from jax_rlvr.policy import PolicyConfig, attention
 from jax_rlvr.policy.pages import PAGE, PAGES
 from jax_rlvr.records import Rows, TokenStats
 from jax_rlvr.sampling import Engine, schedule
 from jax_rlvr.sampling import slots as sampling
-from jax_rlvr.token_stats import CHUNK_LOGITS, LEAST_TOKENS
+from jax_rlvr.setup import packed_rows
+from jax_rlvr.token_stats import chunk_columns, suited_chunk
 from jax_rlvr.update import make_inner_step
 
 
@@ -103,16 +104,7 @@ class Plan:
   @functools.cached_property
   def rows(self) -> int:
     """Packed rows of an inner batch, at full length."""
-    c = self.config
-    return packing.rows_needed(
-      c.prompts_per_step // c.inner_steps,
-      c.group_size,
-      c.max_prompt_tokens,
-      c.max_completion_tokens,
-      c.row_tokens,
-      self.shards,
-      self.backend.shares_prompts,
-    )
+    return packed_rows(self.config, self.shards, self.backend)
 
   @property
   def microbatch(self) -> int:
@@ -272,8 +264,9 @@ def _chunks(plan: Plan) -> int:
   c = plan.config
   vocabulary, tensor = plan.shape.vocab_size, plan.mesh.shape['tensor']
   cut = 1 if vocabulary % tensor else tensor
-  chunk = max(LEAST_TOKENS, CHUNK_LOGITS * cut // vocabulary)
-  width = min(c.row_tokens, max(1, chunk * plan.shards // plan.microbatch))
+  width = chunk_columns(
+    suited_chunk(vocabulary, cut), plan.microbatch, c.row_tokens, plan.shards
+  )
   fit = c.row_tokens // c.sequence_tokens
   return math.ceil(fit * c.max_completion_tokens / width)
 
@@ -292,10 +285,8 @@ def relayout(plan: Plan) -> Iterator[Program]:
 def _prompts(plan: Plan) -> tuple[jax.ShapeDtypeStruct, Any]:
   engine = plan.engine
   width = engine.prompt_widths[0]
-  each = max(1, min(engine.sizes[0], schedule.PREFILL_TOKENS // width))
-  ids = plan.by_rows(
-    jax.ShapeDtypeStruct((each * engine.shards, width), jnp.int32)
-  )
+  rows = engine.prompt_rows(width) * engine.shards
+  ids = plan.by_rows(jax.ShapeDtypeStruct((rows, width), jnp.int32))
   pair = jax.ShapeDtypeStruct(
     (*ids.shape, plan.shape.kv_heads, plan.shape.head_size), plan.dtype
   )
@@ -466,9 +457,8 @@ def cache_bytes(plan: Plan, tokens: int) -> float:
 
 def bytes_of(tree: Any) -> int:
   """Of laid-out arrays, on each device."""
-  return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    for x in jax.tree.leaves(tree)
+  return layouts.bytes_per_device(
+    tree, jax.tree.map(lambda x: x.sharding, tree)
   )
 
 

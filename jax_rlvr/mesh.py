@@ -7,6 +7,7 @@ code and filters never name an axis.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -115,8 +116,12 @@ def _check_hosts(mesh: Mesh) -> None:
     )
 
 
+@functools.cache
 def _shards_by_host(mesh: Mesh) -> dict[int, set[int]]:
-  """Which row shards the devices of each host have."""
+  """Which row shards the devices of each host have.
+
+  Kept: the sampler asks between any two segments, and pods have many devices.
+  """
   found: dict[int, set[int]] = {}
   by_shard = mesh.devices.reshape(row_shards(mesh), -1)
   for shard, devices in enumerate(by_shard):
@@ -155,11 +160,8 @@ def shardings(mesh: Mesh, tree: Any, table: Table) -> Any:
   """
 
   def one(path, leaf):
-    name = _name(path)
-    for pattern, spec in table:
-      if re.fullmatch(pattern, name):
-        return NamedSharding(mesh, _fitting(mesh, spec, leaf.shape))
-    raise ValueError(f'no rule of the sharding table matches {name!r}')
+    spec = _rule(table, _name(path))
+    return NamedSharding(mesh, _fitting(mesh, spec, leaf.shape))
 
   return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -184,16 +186,13 @@ def uncut(mesh: Mesh, tree: Any, table: Table) -> list[str]:
   found = []
 
   def one(path, leaf, sharding):
-    for pattern, spec in table:
-      if re.fullmatch(pattern, _name(path)):
-        for axis, kept, size in zip(
-          spec, sharding.spec, leaf.shape, strict=False
-        ):
-          if axis and kept is None and _parts(mesh, axis) > 1:
-            found.append(
-              f'{_name(path)}: {size} over {axis}={_parts(mesh, axis)}'
-            )
-        return
+    name = _name(path)
+    wanted = _rule(table, name)
+    for axis, kept, size in zip(
+      wanted, sharding.spec, leaf.shape, strict=False
+    ):
+      if axis and kept is None and _parts(mesh, axis) > 1:
+        found.append(f'{name}: {size} over {axis}={_parts(mesh, axis)}')
 
   jax.tree_util.tree_map_with_path(one, tree, shardings(mesh, tree, table))
   return found
@@ -206,6 +205,13 @@ def state_shardings(mesh: Mesh, state: Any, table: Table) -> Any:
   """
   anywhere = tuple((f'(.*/)?({pattern})', spec) for pattern, spec in table)
   return shardings(mesh, state, (*anywhere, ('.*', P())))
+
+
+def _rule(table: Table, name: str) -> P:
+  for pattern, spec in table:
+    if re.fullmatch(pattern, name):
+      return spec
+  raise ValueError(f'no rule of the sharding table matches {name!r}')
 
 
 def _name(path) -> str:

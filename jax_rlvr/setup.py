@@ -309,19 +309,24 @@ def _warm_up(
   return params
 
 
-def update_of(setup: Setup):
-  """The run's `update(state, tokens, key) -> (state, measured)`."""
-  c, mesh = setup.config, setup.actor.mesh
-  shards = layouts.row_shards(mesh)
-  rows = packing.rows_needed(
+def packed_rows(c: Config, shards: int, backend: attention.Backend) -> int:
+  """Rows that an inner batch of a run is packed into at the most."""
+  return packing.rows_needed(
     c.prompts_per_step // c.inner_steps,
     c.group_size,
     c.max_prompt_tokens,
     c.max_completion_tokens,
     c.row_tokens,
     shards,
-    setup.backend.shares_prompts,
+    backend.shares_prompts,
   )
+
+
+def update_of(setup: Setup):
+  """The run's `update(state, tokens, key) -> (state, measured)`."""
+  c, mesh = setup.config, setup.actor.mesh
+  shards = layouts.row_shards(mesh)
+  rows = packed_rows(c, shards, setup.backend)
   return make_update(
     setup.actor.policy,
     c.filters,

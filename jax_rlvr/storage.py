@@ -41,13 +41,12 @@ def local_copy(folder: Path) -> Iterator[pathlib.Path]:
     yield pathlib.Path(folder)
     return
   with tempfile.TemporaryDirectory() as name:
-    for file in folder.iterdir():
-      (pathlib.Path(name) / file.name).write_bytes(file.read_bytes())
+    copy(folder, pathlib.Path(name))
     yield pathlib.Path(name)
 
 
-def copy(source: pathlib.Path, target: Path) -> None:
-  """Copies the files of a folder on this machine into another, or a bucket."""
+def copy(source: Path, target: Path) -> None:
+  """Copies the files of a folder into another."""
   target.mkdir(parents=True, exist_ok=True)
   for file in source.iterdir():
     (target / file.name).write_bytes(file.read_bytes())

@@ -69,9 +69,9 @@ def token_stats(
   shards = layouts.parts(hidden, layouts.ROWS)[0]
   if chunk_tokens is None:
     cut = layouts.parts(head, layouts.HEAD[axes])[axes.index('v')]
-    chunk_tokens = max(LEAST_TOKENS, CHUNK_LOGITS * cut // config.vocab_size)
+    chunk_tokens = suited_chunk(config.vocab_size, cut)
   count, length = rows.ids.shape
-  width = min(length, max(1, chunk_tokens * shards // count))
+  width = chunk_columns(chunk_tokens, count, length, shards)
   pad = -length % width
   hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
   targets = jnp.pad(in_order(rows.ids), ((0, 0), (0, pad)))
@@ -93,6 +93,18 @@ def token_stats(
 
   names = 'logprob', 'entropy', *extras
   return TokenStats(**dict(zip(names, map(back, stats), strict=True)))
+
+
+def suited_chunk(vocab_size: int, cut: int) -> int:
+  """Tokens of a chunk on a device, where `cut` of them share a vocabulary."""
+  return max(LEAST_TOKENS, CHUNK_LOGITS * cut // vocab_size)
+
+
+def chunk_columns(
+  chunk_tokens: int, rows: int, length: int, shards: int
+) -> int:
+  """Columns that a chunk has of [rows, length], where shards share the rows."""
+  return min(length, max(1, chunk_tokens * shards // rows))
 
 
 class _Projection(NamedTuple):

@@ -15,7 +15,6 @@ import json
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 
 import jax
@@ -23,7 +22,6 @@ import numpy as np
 from rich.console import Console
 
 from jax_rlvr import (
-  compilation,
   evaluate,
   hosts,
   metrics,
@@ -286,21 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   arguments = parser.parse_args(argv)
   if not arguments.dry_run and arguments.workdir is None:
     parser.error('--workdir is required')
-  compilation.configure()
-  try:
-    hosts.start(arguments.coordinator, arguments.processes, arguments.process)
-  except (ValueError, RuntimeError) as error:
-    return _refused(error)
-  compilation.keep_programs()
-  try:
-    code = _run(arguments)
-  except Exception as error:
-    if not hosts.several():
-      raise
-    traceback.print_exc()
-    hosts.abandon(error)
-  hosts.leave()
-  return code
+  return hosts.run(_run, arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -24,6 +24,9 @@ COLUMNS = 128
 # Widths of windows and of prompts are multiples of it.
 ROUND = 32
 
+# Prompt tokens that one program reads at one time, on each data shard.
+PREFILL_TOKENS = 2048
+
 # How often the slots may be halved as the last sequences run out.
 HALVINGS = 2
 
@@ -137,6 +140,10 @@ class Engine:
   def prompt_width(self, tokens: int) -> int:
     """Columns in which a prompt of so many tokens is read."""
     return next(width for width in self.prompt_widths if width >= tokens)
+
+  def prompt_rows(self, width: int) -> int:
+    """Prompts that one program reads on each data shard."""
+    return max(1, min(self.sizes[0], PREFILL_TOKENS // width))
 
   def unstacked(self, params: Any) -> dict[str, Any]:
     """Parameters as `complete` takes them: cast, cut over heads, by layer."""

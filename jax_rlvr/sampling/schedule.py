@@ -29,9 +29,6 @@ from jax_rlvr.sampling.transforms import Transform
 if TYPE_CHECKING:
   from jax_rlvr.sampling.engine import Engine
 
-# Prompt tokens that one program reads at one time, on each data shard.
-PREFILL_TOKENS = 2048
-
 # Completions that one program puts into slots, on each data shard: so many, or
 # as many as there are slots.
 FEW = 8
@@ -255,8 +252,8 @@ class Schedule:
 
   def _prompt_places(self, width: int) -> list[tuple[int, int]]:
     """(shard, row) of the prompts of one `prefill`, in turn."""
-    rows = max(1, min(self.engine.sizes[0], PREFILL_TOKENS // width))
-    return [(z, row) for row in range(rows) for z in range(self.shards)]
+    rows = range(self.engine.prompt_rows(width))
+    return [(z, row) for row in rows for z in range(self.shards)]
 
   def _prefill(
     self, taken: list[tuple[tuple[int, int], int]], width: int
