@@ -100,8 +100,8 @@ def start(
   if jax.process_count() == 1:
     return
   if jax.local_devices()[0].platform == 'cpu':
-    # Of a program read from the cache, processes on CPUs wait for one another's
-    # collectives for good (jax 0.10.2).
+    # A program read from the cache has lost the order of its collectives
+    # (jaxlib 0.10 for CPUs): processes would wait for one another for good.
     jax.config.update('jax_enable_compilation_cache', False)
   _watch.start(deadline_s)
 

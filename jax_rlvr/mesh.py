@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import mesh_utils
@@ -272,6 +273,28 @@ def laid_by(
     if mesh is not None:
       return jax.lax.with_sharding_constraint(tree, rule(mesh, tree, table))
   return tree
+
+
+def after(tree: Any, *events: jax.Array) -> Any:
+  """The same arrays; in CPU programs they wait for the events, scalars.
+
+  XLA:CPU (jaxlib 0.10) goes on to the next collective while a loop has yet to
+  begin some of its own, unless data flow from one to the other: devices then
+  wait for one another in different collectives, for good. Compilers for other
+  chips keep collectives in one order and see nothing of this.
+  """
+
+  def tied(tree, events):
+    # Never true, which the compiler does not know.
+    floats = [event.astype(jnp.float32) for event in events]
+    never = functools.reduce(
+      jnp.logical_or, [(x > 1) & (x < 0) for x in floats]
+    )
+    return jax.tree.map(lambda x: x + never.astype(x.dtype), tree)
+
+  return jax.lax.platform_dependent(
+    tree, events, cpu=tied, default=lambda tree, _: tree
+  )
 
 
 def parts(x: jax.Array, spec: P) -> tuple[int, ...]:

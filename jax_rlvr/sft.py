@@ -98,7 +98,8 @@ def warm_up(
   def step(params, opt_state, batch):
     def loss(params):
       stats = token_stats(policy, cast(params, dtype), batch)
-      return -masked.mean(stats.logprob, batch.place >= 0)
+      place = layouts.after(batch.place, jnp.sum(stats.logprob))
+      return -masked.mean(stats.logprob, place >= 0)
 
     nats, grads = jax.value_and_grad(loss)(params)
     updates, opt_state = settings.optimizer.update(grads, opt_state, params)

@@ -52,11 +52,13 @@ def token_stats(
     float32 [R, W] each, 0 where nothing is scored. Differentiable in `params`.
   """
   layout = policy.Layout(rows.positions, rows.group, rows.segment)
+  scored = rows.place >= 0
+  fullest = jnp.max(jnp.sum(scored, axis=1, dtype=jnp.int32))
+  ids = layouts.after(rows.ids, fullest)
   hidden = policy.forward(
-    config, params, rows.ids, layout, remat=remat, backend=backend
+    config, params, ids, layout, remat=remat, backend=backend
   )
   # Each row's scored tokens first: chunks past the fullest row are skipped.
-  scored = rows.place >= 0
   order = jnp.argsort(~scored, axis=1, stable=True)
 
   def in_order(x):
@@ -75,7 +77,6 @@ def token_stats(
   pad = -length % width
   hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
   targets = jnp.pad(in_order(rows.ids), ((0, 0), (0, pad)))
-  fullest = jnp.max(jnp.sum(scored, axis=1, dtype=jnp.int32))
   live = (fullest + width - 1) // width
   stats = _project(
     _Projection(width, shards, config.logit_softcap, axes, tuple(extras)),

@@ -170,11 +170,8 @@ def _inner_step(
     frozen = _stats_by_microbatch(
       stats_of, reference, packed, shape, microbatch_rows, shards
     )
+    tokens = layouts.after(tokens, jnp.sum(frozen.logprob))
     tokens = tokens._replace(ref_logprob=frozen.logprob)
-  sampled = TokenStats(tokens.old_logprob, tokens.old_entropy)
-  sampler = tokens.old_logprob
-  if tokens.fresh is not None:
-    sampler = jnp.where(tokens.fresh, sampler, jnp.nan)
   # Once, whatever the number of microbatches.
   weights = layouts.laid_by(cast(params, dtype), layouts.TRAINING)
   if packed.ids.shape[0] <= max(microbatch_rows, shards):
@@ -185,34 +182,42 @@ def _inner_step(
       return _with_gradient(stats), stats
 
     _, of_all, stats = jax.vjp(apart, weights, has_aux=True)
-    gap = evidence.gap(stats.logprob, sampler, tokens.mask)
+    tokens = layouts.after(tokens, jnp.sum(stats.logprob))
+    gap = evidence.gap(stats.logprob, _sampler(tokens), tokens.mask)
 
     def pullback(token_grads):
-      (grads,) = of_all(token_grads)
+      (grads,) = of_all(layouts.after(token_grads, *gap))
       return grads, gap
 
   else:
-    stats = sampled
+    stats = TokenStats(tokens.old_logprob, tokens.old_entropy)
     if extras or not on_policy:
       stats = _stats_by_microbatch(
         functools.partial(stats_of, extras=extras), weights, packed, shape,
         microbatch_rows, shards,
       )  # fmt: skip
+      tokens = layouts.after(tokens, jnp.sum(stats.logprob))
     pullback = functools.partial(
       _pull_by_microbatch, stats_of, weights, packed, microbatch_rows,
-      sampler=sampler, shards=shards,
+      sampler=_sampler(tokens), shards=shards,
     )  # fmt: skip
   if on_policy:
     # While the weights are those that sampled, the sampler's own numbers
     # serve: they cost nothing, and every ratio is exactly 1.
-    stats = stats._replace(logprob=sampled.logprob, entropy=sampled.entropy)
+    stats = stats._replace(
+      logprob=tokens.old_logprob, entropy=tokens.old_entropy
+    )
   token_grads, next_filter_state = token_gradients(
     filters, stats, tokens, key=key, state=filter_state
   )
-  grads, gap = pullback(_with_gradient(token_grads))
+  touched = jnp.any(_touched(token_grads))
+  measured = evidence.summary(stats, tokens) | _reports(next_filter_state)
+  grads, gap = pullback(
+    layouts.after(_with_gradient(token_grads), touched, *measured.values())
+  )
   grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
   grad_norm = optax.tree.norm(grads)
-  good = jnp.any(_touched(token_grads)) & jnp.isfinite(grad_norm)
+  good = touched & jnp.isfinite(grad_norm)
 
   def step(params, opt_state, _):
     steps, opt_state = optimizer.update(grads, opt_state, params)
@@ -224,11 +229,9 @@ def _inner_step(
     )
     return params, opt_state, next_filter_state
 
-  measured = {
+  measured |= {
     'grad_norm': grad_norm,
     'update/skipped': 1 - good.astype(jnp.int32),
-    **evidence.summary(stats, tokens),
-    **_reports(next_filter_state),
   }
   if first:
     measured |= evidence.mismatch(gap)
@@ -237,6 +240,13 @@ def _inner_step(
     good, step, lambda *state: state, params, opt_state, filter_state
   )
   return *state, measured
+
+
+def _sampler(tokens: Tokens) -> jax.Array:
+  """Log-probabilities of the weights of now, NaN where older ones sampled."""
+  if tokens.fresh is None:
+    return tokens.old_logprob
+  return jnp.where(tokens.fresh, tokens.old_logprob, jnp.nan)
 
 
 def _with_gradient(stats: TokenStats) -> TokenStats:
@@ -253,7 +263,8 @@ def _touched(token_grads: TokenStats) -> jax.Array:
 def _unpacked(stats: TokenStats, packed: Rows, shape) -> TokenStats:
   """[…, W] → [B, T]."""
   size = shape[0] * shape[1]
-  index = jnp.where(packed.place < 0, size, packed.place)
+  place = layouts.after(packed.place, jnp.sum(stats.logprob))
+  index = jnp.where(place < 0, size, place)
 
   def unpack(x):
     return jnp.zeros(size, x.dtype).at[index].add(x, mode='drop').reshape(shape)
@@ -307,10 +318,10 @@ def _pull_by_microbatch(
     index = chosen(i)
     rows = _rows(packed, index)
     stats, pullback = jax.vjp(lambda p: stats_of(p, rows), params)
-    (grads,) = pullback(_take(cotangents, index))
+    more = evidence.gap(stats.logprob, _take(sampler, index), rows.place >= 0)
+    (grads,) = pullback(layouts.after(_take(cotangents, index), *more))
     total = jax.tree.map(lambda a, g: a + g.astype(a.dtype), total, grads)
     total = layouts.laid_by(total, layouts.TRAINING)
-    more = evidence.gap(stats.logprob, _take(sampler, index), rows.place >= 0)
     return total, evidence.joined(gap, more)
 
   zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)

@@ -10,8 +10,8 @@ os.environ['XLA_FLAGS'] = ' '.join(
     '--xla_force_host_platform_device_count=8',
     # Eight devices share few cores: a collective may wait long for its turn.
     '--xla_cpu_collective_call_terminate_timeout_seconds=600',
-    # Else devices may start independent collectives in different orders, and
-    # wait for one another for good.
+    # In programs of the tests' own, collectives that `mesh.after` would order
+    # mostly have an order so.
     '--xla_cpu_enable_concurrency_optimized_scheduler=false',
   ]
 )

@@ -20,20 +20,23 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def begun(
-  logs: pathlib.Path, processes: int, devices: int, command: Sequence[str]
+  logs: pathlib.Path,
+  processes: int,
+  devices: int,
+  command: Sequence[str],
+  more_flags: str = '',
 ) -> Iterator[list[subprocess.Popen]]:
   """So many of `python <command>`, killed in the end.
 
-  Each gets the flags by which it finds the others; what it prints goes to
-  logs/<number>.txt.
+  Each gets the flags by which it finds the others, and more of XLA's; what it
+  prints goes to logs/<number>.txt.
   """
   logs.mkdir(parents=True, exist_ok=True)
   coordinator = f'127.0.0.1:{free_port()}'
   environment = os.environ | {
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} '
-    '--xla_cpu_enable_concurrency_optimized_scheduler=false',
+    f'{more_flags}',
     'JAX_PLATFORMS': 'cpu',
-    'JAX_CPU_ENABLE_ASYNC_DISPATCH': '0',
     'PYTHONPATH': str(ROOT),
   }
   with contextlib.ExitStack() as stack:

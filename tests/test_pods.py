@@ -1,11 +1,4 @@
-"""Several processes train as one does, and stop and go on together.
-
-  python -m pytest tests/pods.py
-
-Not among the tests that always run: now and then XLA:CPU (jax 0.10.2) begins
-two independent collectives of a program in one order on some devices and in
-another on others, and all wait for good.
-"""
+"""Several processes train as one does, and stop and go on together."""
 
 import json
 import signal
@@ -15,27 +8,29 @@ import numpy as np
 import pytest
 
 from jax_rlvr import hosts, metrics
-from tests import processes
+from tests import order, processes
 
 RECIPE = 'configs/quickstart.py'
 SMALL = 'slots=64'
 SHORT = 'steps=5,warm_up_steps=20,eval_prompts=24'
 
 
-def begun(workdir, count, devices, overrides):
+def begun(workdir, count, devices, overrides, more_flags=''):
   command = [
     '-m', 'jax_rlvr.train', '--config', f'{RECIPE}:{SMALL},{overrides}',
     '--workdir', str(workdir),
   ]  # fmt: skip
-  return processes.begun(workdir.with_suffix('.logs'), count, devices, command)
+  return processes.begun(
+    workdir.with_suffix('.logs'), count, devices, command, more_flags
+  )
 
 
 def printed(workdir, process=0):
   return (workdir.with_suffix('.logs') / f'{process}.txt').read_text()
 
 
-def finish(workdir, count, devices, overrides):
-  with begun(workdir, count, devices, overrides) as running:
+def finish(workdir, count, devices, overrides, more_flags=''):
+  with begun(workdir, count, devices, overrides, more_flags) as running:
     codes = processes.ended(running, 600)
   assert codes == [0] * count, printed(workdir)[-3000:]
   return workdir
@@ -60,8 +55,13 @@ def until(workdir, steps, running):
 
 @pytest.fixture(scope='module')
 def one(tmp_path_factory):
-  """The run as one process with four devices makes it."""
-  return finish(tmp_path_factory.mktemp('pods') / 'one', 1, 4, SHORT)
+  """The run as one process with four devices makes it, and its programs."""
+  folder = tmp_path_factory.mktemp('pods')
+  return finish(folder / 'one', 1, 4, SHORT, order.dumped_to(folder / 'dump'))
+
+
+def test_no_collective_overtakes_a_loop(one):
+  assert order.loose_of(one.parent / 'dump') == {}
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,22 @@ def test_processes_measure_what_one_does(count, more, one, tmp_path):
   assert 'held out' in printed(many) and 'held out' not in printed(many, 1)
   for file in (one / 'rollouts').iterdir():
     assert (many / 'rollouts' / file.name).read_text().count('\n') == 16
+
+
+def test_evaluation_on_processes_is_that_on_one(one, tmp_path):
+  def scores(count, devices):
+    file = tmp_path / f'{count}.json'
+    command = [
+      '-m', 'jax_rlvr.evaluate', '--workdir', str(one), '--json', str(file),
+      '--samples', '2', '--prompts', '16',
+    ]  # fmt: skip
+    logs = tmp_path / f'{count}.logs'
+    with processes.begun(logs, count, devices, command) as running:
+      codes = processes.ended(running, 600)
+    assert codes == [0] * count, (logs / '0.txt').read_text()[-3000:]
+    return json.loads(file.read_text())
+
+  assert scores(2, 2) == scores(1, 4)
 
 
 def test_run_that_loses_hosts_ends_as_one_left_alone(tmp_path):
