@@ -34,7 +34,7 @@ AGAIN = 75
 
 # JAX gives up on a host that was silent so long, but does not always say which;
 # the watch below does, and is to come first.
-HEARTBEAT_S = 20
+HEARTBEAT_S = 40
 _BEAT_S = 3.0
 _GONE_S = 15.0
 _WAIT_LOG_S = 60.0
