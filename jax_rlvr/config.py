@@ -66,7 +66,9 @@ class WarmUp:
 
 # The smallest value of each knob that counts something, and that measures.
 _COUNTS = dict.fromkeys(
-  'steps seed row_tokens reference_every keep_every reward_memory_mb'.split(), 0
+  'steps seed row_tokens reference_every keep_every reward_memory_mb '
+  'sampling_tensor'.split(),
+  0,
 ) | dict.fromkeys(
   'prompts_per_step group_size inner_steps microbatch_tokens max_prompt_tokens '
   'max_completion_tokens slots eval_every eval_prompts eval_samples '
@@ -159,6 +161,8 @@ class Config:
     reward_memory_mb: address space of a worker; 0 for no limit.
     wandb: project of Weights & Biases to log to; '' for none.
     slices, fsdp, tensor: mesh axes; fsdp = −1 takes the devices left over.
+    sampling_tensor: the tensor axis of the mesh to sample on, of the same
+      devices; 0 is `tensor`.
   """
 
   policy: PolicyConfig | str | pathlib.Path
@@ -211,6 +215,7 @@ class Config:
   slices: int = 1
   fsdp: int = -1
   tensor: int = 1
+  sampling_tensor: int = 0
 
   def __post_init__(self):
     for name, least in (_COUNTS | _NUMBERS).items():

@@ -168,11 +168,12 @@ def slots_that_fit(plan: dict[str, Any]) -> int | None:
   if segment is None:
     return None
   held, shapes = plan['held'], plan['shapes']
-  each = shapes['slots'] // shapes['data_shards']
+  shards = shapes['sampling_shards']
+  each = shapes['slots'] // shards
   temporaries = segment['hbm_bytes']['temporaries'] / each
   room = plan['hbm_capacity_bytes'] - plan['stages']['decode segment']
   more = room // (held['slot'] + temporaries)
-  return max(0, int(each + more)) * shapes['data_shards']
+  return max(0, int(each + more)) * shards
 
 
 def fit(plan: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +234,7 @@ def _fit_microbatch(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fit_slots(plan: dict[str, Any]) -> dict[str, Any]:
-  slots, shards = plan['slots_that_fit'], plan['shapes']['data_shards']
+  slots, shards = plan['slots_that_fit'], plan['shapes']['sampling_shards']
   if slots is None:
     # Even those given were too many to compile: begin with the fewest.
     plan = _again(plan, 'decode segment', slots=shards)
@@ -252,7 +253,12 @@ def show(plan: dict[str, Any], console: Console) -> None:
   capacity, shapes, held = (
     plan[name] for name in ('hbm_capacity_bytes', 'shapes', 'held')
   )
-  mesh = ' × '.join(f'{name} {size}' for name, size in plan['mesh'].items())
+  mesh, sampling = (
+    ' × '.join(f'{name} {size}' for name, size in plan[key].items())
+    for key in ('mesh', 'sampling_mesh')
+  )
+  if sampling != mesh:
+    mesh += f', and {sampling} to sample'
   console.print(
     f'{plan["config"]} on {plan["topology"]}: {plan["chips"]} chips, {mesh}; '
     f'{shapes["parameters"] / 1e9:.2f} billion parameters; '
