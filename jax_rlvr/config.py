@@ -81,7 +81,7 @@ _NUMBERS = dict.fromkeys(
 _CHOICES = {
   'long_prompts': ('refuse', 'drop'),
   'attention': ('auto', 'xla', 'splash', 'cudnn'),
-  'remat': ('none', 'dots', 'full'),
+  'remat': ('none', 'dots', 'attention', 'full'),
   'compute_dtype': ('auto', 'float32', 'bfloat16'),
 }
 
@@ -135,8 +135,9 @@ class Config:
       each completion bring its own prompt tokens; 'cudnn' is for GPUs, 'xla'
       for all; 'auto' is what suits the devices.
     remat: what the backward pass keeps of each layer: all it needs ('none'),
-      the outcomes of its matrix products ('dots'), or its input alone
-      ('full'), a third more work.
+      the outcomes of its matrix products ('dots'), its input and what the
+      Splash kernel made ('attention'), or its input alone ('full'), a third
+      more work.
     compute_dtype: of matrix products and activations, in rollouts too; weights
       and optimizer state are float32 all the same. 'auto' is bfloat16 on TPU
       and GPU, float32 on CPU.
@@ -194,7 +195,7 @@ class Config:
   transform: Transform | None = None
   stop: Sequence[str] = ()
   attention: Literal['auto', 'xla', 'splash', 'cudnn'] = 'auto'
-  remat: Literal['none', 'dots', 'full'] = 'full'
+  remat: Literal['none', 'dots', 'attention', 'full'] = 'full'
   compute_dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
   token_extras: Sequence[str] = ()
   warm_up: WarmUp | None = None

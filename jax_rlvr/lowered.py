@@ -270,9 +270,8 @@ def _chunks(plan: Plan) -> int:
   c = plan.config
   vocabulary, tensor = plan.shape.vocab_size, plan.mesh.shape['tensor']
   cut = 1 if vocabulary % tensor else tensor
-  width = chunk_columns(
-    suited_chunk(vocabulary, cut), plan.microbatch, c.row_tokens, plan.shards
-  )
+  chunk = suited_chunk(vocabulary, plan.shape.width, cut)
+  width = chunk_columns(chunk, plan.microbatch, c.row_tokens, plan.shards)
   fit = c.row_tokens // c.sequence_tokens
   return math.ceil(fit * c.max_completion_tokens / width)
 
