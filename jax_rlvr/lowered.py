@@ -277,14 +277,21 @@ def _chunks(plan: Plan) -> int:
 
 
 def relayout(plan: Plan) -> Iterator[Program]:
-  """From weights to train to weights to sample with, in two programs."""
+  """From weights to train to weights to sample with, as the sampler does."""
   held, stacked = plan.params(plan.dtype), plan.stacked
-  shardings = jax.tree.map(lambda x: x.sharding, stacked)
-  move = jax.jit(lambda x: x, out_shardings=shardings)
   costs = (), 0.0, 0.0, 1, plan.sampling
-  yield Program('re-layout', lambda: move.lower(held), *costs)
+  if plan.sampling != plan.mesh:
+    folded = layouts.abstract(plan.sampling, held, layouts.TRAINING)
+    yield Program('fold', functools.partial(_moved, held, folded), *costs)
+    held = folded
+  yield Program('re-layout', functools.partial(_moved, held, stacked), *costs)
   unstack = jax.jit(policy.unstack)
   yield Program('unstack', lambda: unstack.lower(stacked), *costs)
+
+
+def _moved(held, wanted) -> jax.stages.Lowered:
+  shardings = jax.tree.map(lambda x: x.sharding, wanted)
+  return jax.jit(lambda x: x, out_shardings=shardings).lower(held)
 
 
 def _prompts(plan: Plan) -> tuple[jax.ShapeDtypeStruct, Any]:

@@ -143,6 +143,7 @@ def stages(plan: dict[str, Any]) -> dict[str, float]:
   # What is there beside the program's own arguments.
   waits = {
     'inner step': 0,
+    'fold': state,
     're-layout': state,
     'unstack': state,
     'prefill': state + slots,
@@ -375,7 +376,7 @@ def verdict(plan: dict[str, Any]) -> list[str]:
     helps = 'lower microbatch_tokens, or raise tensor or the number of chips'
     if name in ('prefill', 'admit', 'decode segment'):
       helps = 'lower slots, or raise tensor'
-    if name in ('re-layout', 'unstack'):
+    if name in ('fold', 're-layout', 'unstack'):
       helps = 'raise tensor'
     lines.append(f'{name} {wants}; {helps}')
   return lines

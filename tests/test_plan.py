@@ -82,6 +82,19 @@ def test_flops_that_a_method_needs_are_those_of_the_policy():
   assert found == pytest.approx(whole, rel=0.01)
 
 
+def test_weights_on_their_way_to_another_mesh_are_never_whole():
+  config = small(policy.SHAPES['qwen3-0.6b'], tensor=1, sampling_tensor=4)
+  run = lowered.make(config, jax.devices())
+  fold, gather, _ = lowered.relayout(run)
+  assert (fold.name, gather.name) == ('fold', 're-layout')
+  text = fold.lower().compile().as_text()
+  assert 'all-to-all' in text and 'all-gather' not in text
+  # On one mesh there is nothing to fold.
+  config = small(policy.SHAPES['qwen3-0.6b'], tensor=4)
+  first, _ = lowered.relayout(lowered.make(config, jax.devices()))
+  assert first.name == 're-layout'
+
+
 def test_bytes_of_decoding_are_the_weights_and_what_is_filled():
   shape = policy.SHAPES['qwen3-0.6b']
   run = lowered.make(small(shape, slots=8), jax.devices())
