@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from jax_rlvr import chips, compilation, config, lowered
 from jax_rlvr.lowered import Plan, Program
@@ -76,6 +77,7 @@ def described(
     'config': spec,
     'topology': topology,
     'mesh': dict(plan.mesh.shape),
+    'sampling_mesh': dict(plan.sampling.shape),
     'chips': len(devices) // chips.CHIPS[kind].cores,
     'devices': len(devices),
     'hbm_capacity_bytes': int(where.chip.hbm),
@@ -118,14 +120,13 @@ def shapes(plan: Plan) -> dict[str, Any]:
   """What the counts of a config come to on this mesh."""
   engine = plan.engine
   return {
-    'parameters': sum(
-      x.size for x in jax.tree.leaves(plan.params(lowered.layouts.TRAINING))
-    ),
+    'parameters': sum(x.size for x in jax.tree.leaves(plan.params())),
     'rows': plan.rows,
     'microbatch_rows': plan.microbatch,
     'row_tokens': plan.config.row_tokens,
     'inner_steps': plan.config.inner_steps,
     'data_shards': plan.shards,
+    'sampling_shards': engine.shards,
     'slots': engine.sizes[0] * engine.shards,
     'columns': engine.windows[-1],
     'filled_columns': lowered.filled(plan),
@@ -137,7 +138,7 @@ def shapes(plan: Plan) -> dict[str, Any]:
 def held(plan: Plan) -> dict[str, float]:
   """Bytes of what outlives a program, on each device."""
   params, optimizer, filters, reference = plan.state
-  cast = plan.params(lowered.layouts.TRAINING, plan.dtype)
+  cast = plan.params(plan.dtype)
   slots = lowered.idle_slots(plan)
   size = lowered.bytes_of
   return {
@@ -145,7 +146,7 @@ def held(plan: Plan) -> dict[str, float]:
     'cast': size(cast),
     'sampling_weights': size(plan.unstacked),
     'slots': size(slots.cache),
-    'slot': size(slots.cache) * plan.shards / slots.live.size,
+    'slot': size(slots.cache) * plan.engine.shards / slots.live.size,
   }
 
 
@@ -206,7 +207,7 @@ def costs(
     'model_flops': model,
     'bytes': traffic,
     'least_bytes': program.least_bytes,
-    'collectives': list(collectives(plan, pieces, where)),
+    'collectives': list(collectives(program.mesh, pieces, where)),
     'compute_s': flops / chip.flops,
     'hbm_s': traffic / chip.hbm_bandwidth,
     'ici_s': sum(p.times * waited(p, where) for p in pieces),
@@ -250,14 +251,14 @@ def roofline(pieces: Sequence[Piece], where: chips.Topology) -> float:
 
 
 def collectives(
-  plan: Plan, pieces: Sequence[Piece], where: chips.Topology
+  mesh: Mesh, pieces: Sequence[Piece], where: chips.Topology
 ) -> Iterator[dict[str, Any]]:
   """By kind and mesh axes, the slowest first."""
   total = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
   for p in pieces:
     if p.collective:
       one = p.collective
-      key = one.kind, axes(plan, one.groups[0]), one.awaited
+      key = one.kind, axes(mesh, one.groups[0]), one.awaited
       sums = total[key]
       sums[0] += p.times
       sums[1] += p.times * one.size
@@ -276,9 +277,9 @@ def collectives(
     }
 
 
-def axes(plan: Plan, group: Sequence[int]) -> str:
+def axes(mesh: Mesh, group: Sequence[int]) -> str:
   """Mesh axes along which the devices of a group differ."""
-  shape = plan.mesh.shape
+  shape = mesh.shape
   places = np.unravel_index(np.array(group), tuple(shape.values()))
   return '+'.join(
     name for name, at in zip(shape, places, strict=True) if len(set(at)) > 1

@@ -66,7 +66,9 @@ class WarmUp:
 
 # The smallest value of each knob that counts something, and that measures.
 _COUNTS = dict.fromkeys(
-  'steps seed row_tokens reference_every keep_every reward_memory_mb'.split(), 0
+  'steps seed row_tokens reference_every keep_every reward_memory_mb '
+  'sampling_tensor'.split(),
+  0,
 ) | dict.fromkeys(
   'prompts_per_step group_size inner_steps microbatch_tokens max_prompt_tokens '
   'max_completion_tokens slots eval_every eval_prompts eval_samples '
@@ -79,7 +81,7 @@ _NUMBERS = dict.fromkeys(
 _CHOICES = {
   'long_prompts': ('refuse', 'drop'),
   'attention': ('auto', 'xla', 'splash', 'cudnn'),
-  'remat': ('none', 'dots', 'full'),
+  'remat': ('none', 'dots', 'attention', 'full'),
   'compute_dtype': ('auto', 'float32', 'bfloat16'),
 }
 
@@ -133,8 +135,9 @@ class Config:
       each completion bring its own prompt tokens; 'cudnn' is for GPUs, 'xla'
       for all; 'auto' is what suits the devices.
     remat: what the backward pass keeps of each layer: all it needs ('none'),
-      the outcomes of its matrix products ('dots'), or its input alone
-      ('full'), a third more work.
+      the outcomes of its matrix products ('dots'), its input and what the
+      Splash kernel made ('attention'), or its input alone ('full'), a third
+      more work.
     compute_dtype: of matrix products and activations, in rollouts too; weights
       and optimizer state are float32 all the same. 'auto' is bfloat16 on TPU
       and GPU, float32 on CPU.
@@ -159,6 +162,8 @@ class Config:
     reward_memory_mb: address space of a worker; 0 for no limit.
     wandb: project of Weights & Biases to log to; '' for none.
     slices, fsdp, tensor: mesh axes; fsdp = −1 takes the devices left over.
+    sampling_tensor: the tensor axis of the mesh to sample on, of the same
+      devices; 0 is `tensor`.
   """
 
   policy: PolicyConfig | str | pathlib.Path
@@ -190,7 +195,7 @@ class Config:
   transform: Transform | None = None
   stop: Sequence[str] = ()
   attention: Literal['auto', 'xla', 'splash', 'cudnn'] = 'auto'
-  remat: Literal['none', 'dots', 'full'] = 'full'
+  remat: Literal['none', 'dots', 'attention', 'full'] = 'full'
   compute_dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
   token_extras: Sequence[str] = ()
   warm_up: WarmUp | None = None
@@ -211,6 +216,7 @@ class Config:
   slices: int = 1
   fsdp: int = -1
   tensor: int = 1
+  sampling_tensor: int = 0
 
   def __post_init__(self):
     for name, least in (_COUNTS | _NUMBERS).items():

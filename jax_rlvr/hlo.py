@@ -25,6 +25,8 @@ _BYTES = {
   'f64': 8, 'c64': 8, 'c128': 16,
 }  # fmt: skip
 _ARRAY = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^{}]*)\})?')
+# A SparseCore's says so.
+_END = re.compile(r'\}(, execution_thread="\w+")?')
 _INSTRUCTION = re.compile(r'\s+(?:ROOT )?%?([^\s=]+) = ')
 
 
@@ -113,7 +115,7 @@ def parse(text: str) -> tuple[str, dict[str, Computation]]:
       name = name.removeprefix('ENTRY ').lstrip('%')
       entry = name if is_entry else entry
       current = computations[name] = {}
-    elif line.rstrip() == '}':
+    elif _END.fullmatch(line.rstrip()):
       current = None
     elif current is not None and (found := _INSTRUCTION.match(line)):
       last = _instruction(found[1], line[found.end() :], 'ROOT ' in line[:12])

@@ -44,6 +44,7 @@ class Program(NamedTuple):
     least_bytes: that it must read on each device: weights once a token, and
       the keys and values that are there; 0 where nothing is said.
     per_step: how often it runs in a training step, about.
+    mesh: that it runs on.
   """
 
   name: str
@@ -52,6 +53,7 @@ class Program(NamedTuple):
   model_flops: float
   least_bytes: float
   per_step: float
+  mesh: Mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ class Plan:
   Attributes:
     config: its knobs.
     shape: of its policy.
-    mesh: its devices.
+    mesh: its devices, as weights are updated on them.
   """
 
   config: Config
@@ -82,17 +84,23 @@ class Plan:
     return layouts.row_shards(self.mesh)
 
   @functools.cached_property
-  def engine(self) -> Engine:
+  def sampling(self) -> Mesh:
+    """The devices as they sample."""
     c = self.config
+    return layouts.folded(self.mesh, c.sampling_tensor or c.tensor)
+
+  @functools.cached_property
+  def engine(self) -> Engine:
+    c, mesh = self.config, self.sampling
     return Engine(
       policy=self.shape,
-      mesh=self.mesh,
+      mesh=mesh,
       slots=c.slots,
       prompt_tokens=c.max_prompt_tokens,
       completion_tokens=c.max_completion_tokens,
       dtype=self.dtype,
-      backend=self.backend,
-      cache=policy.suited(self.shape, self.dtype, self.mesh),
+      backend=attention.choose(c.attention, self.shape, self.dtype, mesh),
+      cache=policy.suited(self.shape, self.dtype, mesh),
     )
 
   @property
@@ -114,32 +122,26 @@ class Plan:
 
   # Arrays.
 
+  def params(self, dtype=jnp.float32) -> Any:
+    """Parameters as they are updated."""
+    return layouts.abstract(self.mesh, self._params(dtype), layouts.TRAINING)
+
   @functools.cached_property
-  def whole(self) -> NamedSharding:
-    """On every device."""
-    return NamedSharding(self.mesh, P())
+  def stacked(self) -> Any:
+    """Parameters as they sample, before `unstacked`."""
+    tree = self._params(self.dtype)
+    return layouts.abstract(self.sampling, tree, layouts.SAMPLING)
 
-  def everywhere(self, tree: Any) -> Any:
-    return jax.tree.map(lambda x: _laid(x, self.whole), tree)
-
-  def cut(self, tree: Any, spec: P) -> Any:
-    return jax.tree.map(_laid, tree, layouts.fitted(self.mesh, tree, spec))
-
-  def by_rows(self, tree: Any) -> Any:
-    return self.cut(tree, layouts.ROWS)
-
-  def params(self, table: layouts.Table, dtype=jnp.float32) -> Any:
-    """Parameters, laid out by a table."""
-    tree = jax.eval_shape(
+  def _params(self, dtype) -> Any:
+    return jax.eval_shape(
       lambda p: policy.cast(p, dtype), policy.abstract_params(self.shape)
     )
-    return layouts.abstract(self.mesh, tree, table)
 
   @functools.cached_property
   def state(self) -> tuple[Any, Any, Any, Any]:
     """Parameters, state of optimizer and filters, and the reference."""
     c = self.config
-    params = self.params(layouts.TRAINING)
+    params = self.params()
     optimizer = jax.eval_shape(c.optimizer.init, params)
     optimizer = jax.tree.map(
       _laid,
@@ -147,33 +149,36 @@ class Plan:
       layouts.state_shardings(self.mesh, optimizer, layouts.TRAINING),
     )
     stats: Any = TokenStats(*jnp.zeros((2, 1, 1), jnp.float32))
-    filters = self.everywhere(jax.eval_shape(c.filters.init, stats))
-    reference = (
-      self.params(layouts.TRAINING, self.dtype) if c.reference else None
-    )
+    filters = _everywhere(self.mesh, jax.eval_shape(c.filters.init, stats))
+    reference = self.params(self.dtype) if c.reference else None
     return params, optimizer, filters, reference
 
   @functools.cached_property
   def unstacked(self) -> Any:
     """Weights to sample with."""
-    stacked = self.params(layouts.SAMPLING, self.dtype)
-    return jax.tree.map(_laid, *self._unstack_shapes(stacked))
-
-  def _unstack_shapes(self, stacked) -> tuple[Any, Any]:
-    specs = jax.tree.map(lambda x: x.sharding.spec, stacked)
-    layers = [
-      jax.tree.map(
-        lambda s: NamedSharding(self.mesh, P(*s[1:])), specs['blocks']
-      )
-    ] * self.shape.layers
-    named = jax.tree.map(
-      lambda s: NamedSharding(self.mesh, s), specs | {'blocks': {}}
+    shapes = jax.eval_shape(policy.unstack, self.stacked)
+    named = jax.tree.map(lambda x: x.sharding, self.stacked)
+    of_layer = jax.tree.map(
+      lambda s: NamedSharding(s.mesh, P(*s.spec[1:])), named['blocks']
     )
-    return jax.eval_shape(policy.unstack, stacked), named | {'blocks': layers}
+    named |= {'blocks': [of_layer] * self.shape.layers}
+    return jax.tree.map(_laid, shapes, named)
 
 
 def _laid(x, sharding) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _everywhere(mesh: Mesh, tree: Any) -> Any:
+  return jax.tree.map(lambda x: _laid(x, NamedSharding(mesh, P())), tree)
+
+
+def _cut(mesh: Mesh, tree: Any, spec: P) -> Any:
+  return jax.tree.map(_laid, tree, layouts.fitted(mesh, tree, spec))
+
+
+def _by_rows(mesh: Mesh, tree: Any) -> Any:
+  return _cut(mesh, tree, layouts.ROWS)
 
 
 def shape_of(name: Any) -> PolicyConfig:
@@ -233,7 +238,7 @@ def inner_step(plan: Plan) -> Program:
   )
   row: Any = jax.ShapeDtypeStruct((plan.rows, c.row_tokens), jnp.int32)
   packed = Rows(*(row,) * 6)
-  key = plan.everywhere(jax.eval_shape(lambda: jax.random.key(0)))
+  key = _everywhere(plan.mesh, jax.eval_shape(lambda: jax.random.key(0)))
   params, optimizer, filters, reference = plan.state
   at_once = plan.rows <= max(c.microbatch_tokens // c.row_tokens, plan.shards)
   trips = (_chunks(plan),)
@@ -249,13 +254,14 @@ def inner_step(plan: Plan) -> Program:
   return Program(
     'inner step',
     lambda: step.lower(
-      params, optimizer, filters, plan.by_rows(tokens), plan.by_rows(packed),
-      key, reference, first,
+      params, optimizer, filters, _by_rows(plan.mesh, tokens),
+      _by_rows(plan.mesh, packed), key, reference, first,
     ),
     trips,
     passes * model,
     0.0,
     c.inner_steps,
+    plan.mesh,
   )  # fmt: skip
 
 
@@ -264,35 +270,41 @@ def _chunks(plan: Plan) -> int:
   c = plan.config
   vocabulary, tensor = plan.shape.vocab_size, plan.mesh.shape['tensor']
   cut = 1 if vocabulary % tensor else tensor
-  width = chunk_columns(
-    suited_chunk(vocabulary, cut), plan.microbatch, c.row_tokens, plan.shards
-  )
+  chunk = suited_chunk(vocabulary, plan.shape.width, cut)
+  width = chunk_columns(chunk, plan.microbatch, c.row_tokens, plan.shards)
   fit = c.row_tokens // c.sequence_tokens
   return math.ceil(fit * c.max_completion_tokens / width)
 
 
 def relayout(plan: Plan) -> Iterator[Program]:
-  """From weights to train to weights to sample with, in two programs."""
-  held = plan.params(layouts.TRAINING, plan.dtype)
-  stacked = plan.params(layouts.SAMPLING, plan.dtype)
-  shardings = jax.tree.map(lambda x: x.sharding, stacked)
-  move = jax.jit(lambda x: x, out_shardings=shardings)
-  yield Program('re-layout', lambda: move.lower(held), (), 0.0, 0.0, 1)
+  """From weights to train to weights to sample with, as the sampler does."""
+  held, stacked = plan.params(plan.dtype), plan.stacked
+  costs = (), 0.0, 0.0, 1, plan.sampling
+  if plan.sampling != plan.mesh:
+    folded = layouts.abstract(plan.sampling, held, layouts.TRAINING)
+    yield Program('fold', functools.partial(_moved, held, folded), *costs)
+    held = folded
+  yield Program('re-layout', functools.partial(_moved, held, stacked), *costs)
   unstack = jax.jit(policy.unstack)
-  yield Program('unstack', lambda: unstack.lower(stacked), (), 0.0, 0.0, 1)
+  yield Program('unstack', lambda: unstack.lower(stacked), *costs)
+
+
+def _moved(held, wanted) -> jax.stages.Lowered:
+  shardings = jax.tree.map(lambda x: x.sharding, wanted)
+  return jax.jit(lambda x: x, out_shardings=shardings).lower(held)
 
 
 def _prompts(plan: Plan) -> tuple[jax.ShapeDtypeStruct, Any]:
   engine = plan.engine
   width = engine.prompt_widths[0]
   rows = engine.prompt_rows(width) * engine.shards
-  ids = plan.by_rows(jax.ShapeDtypeStruct((rows, width), jnp.int32))
+  ids = jax.ShapeDtypeStruct((rows, width), jnp.int32)
   pair = jax.ShapeDtypeStruct(
     (*ids.shape, plan.shape.kv_heads, plan.shape.head_size), plan.dtype
   )
-  pair = plan.cut(pair, layouts.PROMPTS)
+  pair = _cut(plan.sampling, pair, layouts.PROMPTS)
   layers = (pair,) * plan.shape.layers
-  return ids, policy.Prompts(layers, layers)
+  return _by_rows(plan.sampling, ids), policy.Prompts(layers, layers)
 
 
 def prefill(plan: Plan) -> Program:
@@ -303,12 +315,13 @@ def prefill(plan: Plan) -> Program:
   return Program(
     'prefill',
     lambda: sampling.prefill.lower(
-      plan.shape, plan.unstacked, ids, plan.backend, plan.mesh
+      plan.shape, plan.unstacked, ids, plan.engine.backend, plan.sampling
     ),
     (),
     plan.shape.forward_flops(lengths) - head,
     0.0,
     plan.config.prompts_per_step / ids.shape[0],
+    plan.sampling,
   )
 
 
@@ -324,14 +337,14 @@ def idle_slots(plan: Plan) -> sampling.Slots:
       engine.windows[-1],
       plan.dtype,
       bool(transform and transform.reads_seen),
-      plan.mesh,
+      plan.sampling,
     )
   )
   cache, column, *rest = slots
   return sampling.Slots(
-    plan.cut(cache, cache.spec),
-    plan.everywhere(column),
-    *plan.by_rows(tuple(rest)),
+    _cut(plan.sampling, cache, cache.spec),
+    _everywhere(plan.sampling, column),
+    *_by_rows(plan.sampling, tuple(rest)),
   )
 
 
@@ -351,12 +364,17 @@ def admit(plan: Plan) -> Program:
   return Program(
     'admit',
     lambda: sampling.admit.lower(
-      slots, prompts, plan.by_rows(entries), engine.shards, plan.mesh
+      slots,
+      prompts,
+      _by_rows(plan.sampling, entries),
+      engine.shards,
+      plan.sampling,
     ),
     (),
     0.0,
     0.0,
     plan.config.prompts_per_step * plan.config.group_size / count,
+    plan.sampling,
   )
 
 
@@ -364,9 +382,14 @@ def segment(plan: Plan) -> Program:
   """Decodes some tokens in every slot, all of them at their longest."""
   c, engine, slots = plan.config, plan.engine, idle_slots(plan)
   count, steps = slots.live.size, engine.segment_tokens
-  scalar = plan.everywhere(jax.ShapeDtypeStruct((), jnp.float32))
-  number = plan.everywhere(jax.ShapeDtypeStruct((), jnp.int32))
-  ends = plan.everywhere(jax.ShapeDtypeStruct((2,), jnp.int32))
+  scalar, number, ends = _everywhere(
+    plan.sampling,
+    (
+      jax.ShapeDtypeStruct((), jnp.float32),
+      jax.ShapeDtypeStruct((), jnp.int32),
+      jax.ShapeDtypeStruct((2,), jnp.int32),
+    ),
+  )
   lengths = filled(plan)
   one = plan.shape.forward_flops([lengths + 1])
   one -= plan.shape.forward_flops([lengths])
@@ -380,12 +403,13 @@ def segment(plan: Plan) -> Program:
     'decode segment',
     lambda: sampling.segment.lower(
       plan.shape, plan.unstacked, slots, scalar, ends, number, steps,
-      c.transform, plan.mesh,
+      c.transform, plan.sampling,
     ),
     (steps,),
     one * count * steps,
     steps * (weights + cache_bytes(plan, lengths)),
     tokens / (count * steps),
+    plan.sampling,
   )  # fmt: skip
 
 

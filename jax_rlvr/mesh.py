@@ -107,6 +107,27 @@ def make(
   return mesh
 
 
+def folded(mesh: Mesh, tensor: int) -> Mesh:
+  """The devices of a mesh in their order, with another `tensor` axis.
+
+  The order is the same, so a program can take arrays of one to the other.
+
+  Raises:
+    ValueError: it does not divide the devices of a slice, or a layer's share
+      lies on part of a host that also has part of another's.
+  """
+  slices = mesh.shape['slice']
+  if mesh.size // slices % tensor:
+    raise ValueError(
+      f'{mesh.size // slices} devices of a slice do not divide by {tensor}, '
+      'the tensor axis to sample with'
+    )
+  grid = mesh.devices.reshape(slices, -1, tensor)
+  other = Mesh(grid, AXES, axis_types=mesh.axis_types)
+  _check_hosts(other)
+  return other
+
+
 def _check_hosts(mesh: Mesh) -> None:
   """Hosts that share one row shard have to share all of theirs."""
   of_host = {frozenset(shards) for shards in _shards_by_host(mesh).values()}

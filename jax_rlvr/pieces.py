@@ -119,10 +119,7 @@ class Executed:
           list(self._pieces(branch, times, loops, depth)) for branch in branches
         ]
         yield from max(choices, key=_weight)
-      elif one.op in ('call', 'async-start') and (
-        one.called('to_apply') or one.called('calls')
-      ):
-        (inner,) = one.called('to_apply') or one.called('calls')
+      elif inner := _callee(one):
         for piece in self._pieces(inner, times, loops, depth):
           if piece.collective and one.op == 'async-start':
             collective = dataclasses.replace(piece.collective, awaited=False)
@@ -361,6 +358,20 @@ class Executed:
     steps = [hlo.constant(computation, computation[x]) for x in last.operands]
     steps = [x for x in steps if x is not None]
     return steps[0] if len(steps) == 1 else 1
+
+
+def _callee(one: hlo.Instruction) -> str | None:
+  """The computation that an instruction stands for, if it does."""
+  attributes = {
+    'call': ('to_apply', 'calls'),
+    'async-start': ('calls', 'to_apply'),
+    # SparseCores': no kernel has a name there, but what it does is said.
+    'custom-call': ('called_computations',),
+  }
+  for attribute in attributes.get(one.op, ()):
+    if names := one.called(attribute):
+      return names[0]
+  return None
 
 
 def _weight(pieces: Sequence[Piece]) -> float:

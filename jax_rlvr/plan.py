@@ -143,6 +143,7 @@ def stages(plan: dict[str, Any]) -> dict[str, float]:
   # What is there beside the program's own arguments.
   waits = {
     'inner step': 0,
+    'fold': state,
     're-layout': state,
     'unstack': state,
     'prefill': state + slots,
@@ -168,11 +169,12 @@ def slots_that_fit(plan: dict[str, Any]) -> int | None:
   if segment is None:
     return None
   held, shapes = plan['held'], plan['shapes']
-  each = shapes['slots'] // shapes['data_shards']
+  shards = shapes['sampling_shards']
+  each = shapes['slots'] // shards
   temporaries = segment['hbm_bytes']['temporaries'] / each
   room = plan['hbm_capacity_bytes'] - plan['stages']['decode segment']
   more = room // (held['slot'] + temporaries)
-  return max(0, int(each + more)) * shapes['data_shards']
+  return max(0, int(each + more)) * shards
 
 
 def fit(plan: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +235,7 @@ def _fit_microbatch(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fit_slots(plan: dict[str, Any]) -> dict[str, Any]:
-  slots, shards = plan['slots_that_fit'], plan['shapes']['data_shards']
+  slots, shards = plan['slots_that_fit'], plan['shapes']['sampling_shards']
   if slots is None:
     # Even those given were too many to compile: begin with the fewest.
     plan = _again(plan, 'decode segment', slots=shards)
@@ -252,7 +254,12 @@ def show(plan: dict[str, Any], console: Console) -> None:
   capacity, shapes, held = (
     plan[name] for name in ('hbm_capacity_bytes', 'shapes', 'held')
   )
-  mesh = ' × '.join(f'{name} {size}' for name, size in plan['mesh'].items())
+  mesh, sampling = (
+    ' × '.join(f'{name} {size}' for name, size in plan[key].items())
+    for key in ('mesh', 'sampling_mesh')
+  )
+  if sampling != mesh:
+    mesh += f', and {sampling} to sample'
   console.print(
     f'{plan["config"]} on {plan["topology"]}: {plan["chips"]} chips, {mesh}; '
     f'{shapes["parameters"] / 1e9:.2f} billion parameters; '
@@ -369,7 +376,7 @@ def verdict(plan: dict[str, Any]) -> list[str]:
     helps = 'lower microbatch_tokens, or raise tensor or the number of chips'
     if name in ('prefill', 'admit', 'decode segment'):
       helps = 'lower slots, or raise tensor'
-    if name in ('re-layout', 'unstack'):
+    if name in ('fold', 're-layout', 'unstack'):
       helps = 'raise tensor'
     lines.append(f'{name} {wants}; {helps}')
   return lines

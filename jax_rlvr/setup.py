@@ -50,7 +50,8 @@ class Setup(NamedTuple):
 
   Attributes:
     recipe: where its knobs come from.
-    actor: completes prompts.
+    mesh: where weights are updated.
+    actor: completes prompts, on a mesh of its own of the same devices.
     backend: of attention, in the update.
     prompts: trained on, of each task.
     dropped: (id, tokens) of those that are too long, of each task.
@@ -60,6 +61,7 @@ class Setup(NamedTuple):
   """
 
   recipe: config.Recipe
+  mesh: jax.sharding.Mesh
   actor: Actor
   backend: attention.Backend
   prompts: list[Sequence[Prompt]]
@@ -119,16 +121,18 @@ def prepare(spec: str, console: Console) -> Setup:
     prompts.append(kept)
     dropped.append(long)
   mesh = layouts.make(slices=c.slices, fsdp=c.fsdp, tensor=c.tensor)
-  layouts.check_heads(mesh, shape.heads)
+  sampling = layouts.folded(mesh, c.sampling_tensor or c.tensor)
+  for each in (mesh, sampling):
+    layouts.check_heads(each, shape.heads)
   dtype = layouts.compute_dtype(c.compute_dtype, mesh)
   backend = attention.choose(c.attention, shape, dtype, mesh)
   actor = Actor(
     policy=shape,
     tokenizer=tokenizer,
-    mesh=mesh,
+    mesh=sampling,
     slots=c.slots,
     dtype=dtype,
-    backend=backend,
+    backend=attention.choose(c.attention, shape, dtype, sampling),
   )
   stops(tokenizer, c.stop)
   engine = actor.engine(c.max_prompt_tokens, c.max_completion_tokens)
@@ -136,7 +140,7 @@ def prepare(spec: str, console: Console) -> Setup:
   evaluate.check(actor, c.evaluations, c.max_completion_tokens)
   stream = streams.stream(prompts, c.seed, c.weights)
   return Setup(
-    recipe, actor, backend, prompts, dropped, stream, pretrained, console
+    recipe, mesh, actor, backend, prompts, dropped, stream, pretrained, console
   )
 
 
@@ -222,7 +226,7 @@ def start(
   """The state to go on from: the last checkpoint, or the warm-up's end."""
   c, actor = setup.config, setup.actor
   shardings = layouts.shardings(
-    actor.mesh, policy.abstract_params(actor.policy), layouts.TRAINING
+    setup.mesh, policy.abstract_params(actor.policy), layouts.TRAINING
   )
   if setup.pretrained is None:
     params = jax.jit(
@@ -241,7 +245,7 @@ def start(
     params=params,
     optimizer=layouts.init_optimizer(c.optimizer, params),
     filters=jax.device_put(
-      c.filters.init(stats), NamedSharding(actor.mesh, PartitionSpec())
+      c.filters.init(stats), NamedSharding(setup.mesh, PartitionSpec())
     ),
   )
   if not checkpoints.steps():
@@ -251,7 +255,7 @@ def start(
   if not c.reference:
     return state
   frozen = jax.eval_shape(lambda p: policy.cast(p, actor.dtype), params)
-  abstract = layouts.abstract(actor.mesh, frozen, layouts.TRAINING)
+  abstract = layouts.abstract(setup.mesh, frozen, layouts.TRAINING)
   return state._replace(
     reference=checkpoint.read_reference(workdir, int(state.step), abstract)
   )
@@ -298,7 +302,7 @@ def _warm_up(
       sft.traces(c.tasks, c.seed),
       actor.tokenizer,
       c.sequence_tokens,
-      lambda rows: layouts.place_rows(actor.mesh, rows),
+      lambda rows: layouts.place_rows(setup.mesh, rows),
       checkpoints,
       actor.dtype,
     ):
@@ -324,7 +328,7 @@ def packed_rows(c: Config, shards: int, backend: attention.Backend) -> int:
 
 def update_of(setup: Setup):
   """The run's `update(state, tokens, key) -> (state, measured)`."""
-  c, mesh = setup.config, setup.actor.mesh
+  c, mesh = setup.config, setup.mesh
   shards = layouts.row_shards(mesh)
   rows = packed_rows(c, shards, setup.backend)
   return make_update(
@@ -352,7 +356,7 @@ def update_of(setup: Setup):
 def resolved(setup: Setup) -> rich.table.Table:
   """What the run comes to, in the vocabulary of the config."""
   c, shape = setup.config, setup.actor.policy
-  params, mesh = policy.abstract_params(shape), setup.actor.mesh
+  params, mesh = policy.abstract_params(shape), setup.mesh
   count = sum(x.size for x in jax.tree.leaves(params))
   uncut = layouts.uncut(mesh, params, layouts.TRAINING)
   table = rich.table.Table('setting', 'value', title='resolved')
@@ -378,11 +382,16 @@ def resolved(setup: Setup) -> rich.table.Table:
     'temperature': c.temperature,
     'seed': c.seed,
     'devices': f'{jax.device_count()} × {jax.devices()[0].device_kind}',
-    'mesh': ' × '.join(f'{axis} {size}' for axis, size in mesh.shape.items()),
+    'mesh': _named(mesh),
+    'mesh to sample on': _named(setup.actor.mesh),
     'held whole on each device': ', '.join(uncut) or 'norms alone',
   }.items():
     table.add_row(name, str(value))
   return table
+
+
+def _named(mesh: jax.sharding.Mesh) -> str:
+  return ' × '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
 
 
 def memory(setup: Setup) -> rich.table.Table:
@@ -392,7 +401,7 @@ def memory(setup: Setup) -> rich.table.Table:
   """
   c, actor = setup.config, setup.actor
   params = policy.abstract_params(actor.policy)
-  cut = layouts.shardings(actor.mesh, params, layouts.TRAINING)
+  cut = layouts.shardings(setup.mesh, params, layouts.TRAINING)
   weights = layouts.bytes_per_device(params, cut)
   count = sum(x.size for x in jax.tree.leaves(params))
   moments = sum(
@@ -406,7 +415,7 @@ def memory(setup: Setup) -> rich.table.Table:
   reference = computed if c.reference else 0
   held = weights + optimizer + reference
   engine = actor.engine(c.max_prompt_tokens, c.max_completion_tokens)
-  room = layouts.memory(actor.mesh)
+  room = layouts.memory(setup.mesh)
   table = rich.table.Table('GiB a device', '', title='memory')
   for name, size in {
     'weights': weights,

@@ -18,7 +18,8 @@ from jax_rlvr.policy import PolicyConfig, attention
 from jax_rlvr.records import Rows, TokenStats
 
 # Logits of a chunk, 128 MiB a device; but a chunk of fewer tokens would spend
-# its time on reading the head and its gradient.
+# its time on reading the head and its gradient. One of a third as
+# many tokens as the policy is wide takes a third of what that gradient takes.
 CHUNK_LOGITS = 2**25
 LEAST_TOKENS = 256
 
@@ -71,7 +72,7 @@ def token_stats(
   shards = layouts.parts(hidden, layouts.ROWS)[0]
   if chunk_tokens is None:
     cut = layouts.parts(head, layouts.HEAD[axes])[axes.index('v')]
-    chunk_tokens = suited_chunk(config.vocab_size, cut)
+    chunk_tokens = suited_chunk(config.vocab_size, config.width, cut)
   count, length = rows.ids.shape
   width = chunk_columns(chunk_tokens, count, length, shards)
   pad = -length % width
@@ -96,9 +97,11 @@ def token_stats(
   return TokenStats(**dict(zip(names, map(back, stats), strict=True)))
 
 
-def suited_chunk(vocab_size: int, cut: int) -> int:
+def suited_chunk(vocab_size: int, width: int, cut: int) -> int:
   """Tokens of a chunk on a device, where `cut` of them share a vocabulary."""
-  return max(LEAST_TOKENS, CHUNK_LOGITS * cut // vocab_size)
+  # A power of two: most rows are multiples of it.
+  third = 2 ** (width // 3).bit_length() // 2
+  return max(LEAST_TOKENS, third, CHUNK_LOGITS * cut // vocab_size)
 
 
 def chunk_columns(

@@ -54,7 +54,7 @@ def small(**changes) -> Config:
     ({'tasks': ()}, 'at least one task'),
     ({'reward_deadline_s': 0}, 'reward_deadline_s=0 must be above 0'),
     ({'temperature': 'hot'}, "temperature='hot' must be a number"),
-    ({'remat': True}, "remat=True must be 'none', 'dots' or 'full'"),
+    ({'remat': True}, "remat=True must be 'none', 'dots', 'attention' or "),
     ({'compute_dtype': 'half'}, "compute_dtype='half' must be 'auto'"),
     ({'token_extras': 'p2'}, "token_extras='p2' must be some of 'p2', "),
     ({'token_extras': ('p3',)}, "must be some of 'p2', 'p2_logp', 'logit'"),

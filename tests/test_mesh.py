@@ -128,6 +128,29 @@ def test_slices_are_the_outermost_axis():
     layouts.make(tensor=2, devices=chips)
 
 
+def test_folded_mesh_has_the_devices_in_their_order():
+  mesh = layouts.make(fsdp=4, tensor=2)
+  other = layouts.folded(mesh, 4)
+  assert other.shape == {'slice': 1, 'fsdp': 2, 'tensor': 4}
+  assert list(other.devices.flat) == list(mesh.devices.flat)
+  numbers = np.arange(64).reshape(8, 8)
+  x = jax.device_put(numbers, jax.NamedSharding(mesh, P('fsdp', 'tensor')))
+  place = jax.NamedSharding(other, P('fsdp', 'tensor'))
+  moved = jax.jit(lambda x: x + 1, out_shardings=place)(x)
+  np.testing.assert_array_equal(moved, numbers + 1)
+  assert moved.addressable_shards[0].data.shape == (4, 2)
+  with pytest.raises(ValueError, match='8 devices of a slice do not divide by'):
+    layouts.folded(mesh, 3)
+
+
+def test_folded_mesh_keeps_slices_apart():
+  chips = [Chip(i, slice_index=i % 2, process_index=i % 2) for i in range(8)]
+  mesh = layouts.folded(layouts.make(slices=2, devices=chips), 2)
+  assert mesh.shape == {'slice': 2, 'fsdp': 2, 'tensor': 2}
+  for part in mesh.devices:
+    assert len({chip.slice_index for chip in part.flat}) == 1
+
+
 def test_hosts_that_share_rows_share_all_of_theirs():
   def hosts(*numbers):
     return [Chip(i, 0, number) for i, number in enumerate(numbers)]

@@ -185,6 +185,41 @@ def test_text_for_tpus():
   assert product.bytes == 2 * (1024 * 4096 + 1024 * 2048)
 
 
+# As the compiler writes it for v6e: the operand comes with a later line.
+OFFLOADED = """\
+HloModule jit_g, is_scheduled=true
+
+%called (p.0: bf16[16,1024]) -> bf16[64,1024] {
+  %p.0 = bf16[16,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %gather = bf16[64,1024]{1,0:T(8,128)(2,1)} all-gather(%p.0), \
+replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%async (p.1: bf16[16,1024]) -> bf16[64,1024] {
+  %p.1 = bf16[16,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %offloaded = bf16[64,1024]{1,0:T(8,128)(2,1)} custom-call(%p.1), \
+custom_call_target="unnamed", called_computations={%called}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[16,1024]) -> bf16[64,1024] {
+  %x = bf16[16,1024]{1,0} parameter(0)
+  %start = ((), (), (s32[8192]{0:T(1024)})) async-start(), \
+async_execution_thread="sparsecore", calls=%async
+  %update = ((bf16[16,1024]{1,0}), bf16[64,1024]{1,0}, (s32[8192]{0})) \
+async-update(%start, %x)
+  ROOT %done = bf16[64,1024]{1,0} async-done(%update)
+}
+"""
+
+
+def test_collectives_of_sparse_cores_are_seen():
+  (found,) = (p for p in Executed(OFFLOADED, devices=4).pieces if p.collective)
+  assert (found.op, found.times) == ('all-gather', 1)
+  assert found.collective.size == 64 * 1024 * 2
+  assert found.collective.groups == ((0, 1, 2, 3),)
+  assert not found.collective.awaited
+
+
 def test_what_is_written_into_counts_as_what_is_written():
   def f(x, y, i):
     return jax.lax.dynamic_update_slice(x, y, (i, 0))

@@ -17,7 +17,7 @@ TOKENS = 128
 
 
 def small(shape, **settings):
-  """Two inner steps of eight sequences, four at a time, in chunks of 64."""
+  """Two inner steps of eight sequences, four at a time."""
   settings = {
     'policy': shape,
     'warm_up': None,
@@ -55,16 +55,22 @@ def by_hand(shape, sequences, tokens, scored_apart=True):
   return 2 * sequences * tokens * (layers + head)
 
 
-@pytest.mark.parametrize('name', ['llama-3.2-1b', 'qwen3-0.6b', 'gemma-3-1b'])
-def test_flops_of_the_train_step_are_those_counted_by_hand(name):
+@pytest.mark.parametrize(
+  'name, rows', [('llama-3.2-1b', 8), ('qwen3-0.6b', 4), ('gemma-3-1b', 4)]
+)
+def test_flops_of_the_train_step_are_those_counted_by_hand(name, rows):
   shape = policy.SHAPES[name]
-  run = lowered.make(small(shape), jax.devices()[:1])
+  # Two chunks of logits, 512 tokens or 256: of one XLA saves a product.
+  config = small(
+    shape, prompts_per_step=4 * rows, microbatch_tokens=rows * TOKENS
+  )
+  run = lowered.make(config, jax.devices()[:1])
   program = lowered.inner_step(run)
   assert program.trips == (2, 2)
   text = program.lower().compile().as_text()
   pieces = Executed(text, program.trips).pieces
   found = sum(piece.times * piece.flops for piece in pieces)
-  assert found == pytest.approx(by_hand(shape, 8, TOKENS), rel=0.02)
+  assert found == pytest.approx(by_hand(shape, 2 * rows, TOKENS), rel=0.02)
 
 
 def test_flops_that_a_method_needs_are_those_of_the_policy():
@@ -74,6 +80,19 @@ def test_flops_that_a_method_needs_are_those_of_the_policy():
   whole = 4 * shape.forward_flops([TOKENS] * 8)
   found = lowered.inner_step(run).model_flops
   assert found == pytest.approx(whole, rel=0.01)
+
+
+def test_weights_on_their_way_to_another_mesh_are_never_whole():
+  config = small(policy.SHAPES['qwen3-0.6b'], tensor=1, sampling_tensor=4)
+  run = lowered.make(config, jax.devices())
+  fold, gather, _ = lowered.relayout(run)
+  assert (fold.name, gather.name) == ('fold', 're-layout')
+  text = fold.lower().compile().as_text()
+  assert 'all-to-all' in text and 'all-gather' not in text
+  # On one mesh there is nothing to fold.
+  config = small(policy.SHAPES['qwen3-0.6b'], tensor=4)
+  first, _ = lowered.relayout(lowered.make(config, jax.devices()))
+  assert first.name == 're-layout'
 
 
 def test_bytes_of_decoding_are_the_weights_and_what_is_filled():
@@ -155,7 +174,7 @@ def example(**changes):
     'config': 'a.py',
     'topology': 'v5e:2x2',
     'hbm_capacity_bytes': 16 * gib,
-    'shapes': {'slots': 32, 'data_shards': 4},
+    'shapes': {'slots': 32, 'sampling_shards': 4},
     'held': held,
     'programs': [one | changes],
   }
@@ -232,7 +251,7 @@ def test_fit_finds_the_most_slots(monkeypatch):
   monkeypatch.setattr(plan, '_again', again)
   found = {
     'hbm_capacity_bytes': 20.0,
-    'shapes': {'data_shards': 4},
+    'shapes': {'sampling_shards': 4},
     'slots_that_fit': 100,
   }
   # Steps are of a twentieth.

@@ -66,8 +66,9 @@ def test_no_collective_overtakes_a_loop(one):
 
 @pytest.mark.parametrize(
   'count, more',
-  # In the last one both processes have a part of all rows.
-  [(2, ''), (4, ''), (2, ',tensor=4')],
+  # In the last two both processes have a part of all rows; or sample them
+  # together, while each trains on its own.
+  [(2, ''), (4, ''), (2, ',tensor=4'), (2, ',sampling_tensor=4')],
 )
 def test_processes_measure_what_one_does(count, more, one, tmp_path):
   many = finish(tmp_path / 'many', count, 2, SHORT + more)

@@ -47,8 +47,16 @@ def test_run_starts_from_the_weights_of_a_folder(folder):
     state = setup.start(ready, folder.parent, checkpoints)
   expected = policy.init(CONFIG.policy, jax.random.key(5))
   jax.tree.map(np.testing.assert_array_equal, state.params, expected)
-  layout = layouts.shardings(ready.actor.mesh, expected, layouts.TRAINING)
+  layout = layouts.shardings(ready.mesh, expected, layouts.TRAINING)
   assert jax.tree.map(lambda x: x.sharding, state.params) == layout
+
+
+def test_mesh_to_sample_on_may_have_another_shape(folder):
+  ready = prepared(folder)
+  assert ready.actor.mesh == ready.mesh
+  ready = prepared(folder, ':tensor=1,sampling_tensor=2')
+  assert ready.mesh.shape == {'slice': 1, 'fsdp': 8, 'tensor': 1}
+  assert ready.actor.mesh.shape == {'slice': 1, 'fsdp': 4, 'tensor': 2}
 
 
 def test_folder_without_a_tokenizer_is_refused(folder):

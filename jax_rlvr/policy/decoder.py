@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_rlvr import mesh as layouts
-from jax_rlvr.policy import attention
+from jax_rlvr.policy import attention, splash
 from jax_rlvr.policy.attention import Attend, Layout, capped
 from jax_rlvr.policy.config import PolicyConfig, RopeScaling
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Params = dict[str, Any]
 
 # What the backward pass keeps of a layer's forward pass.
-Remat = Literal['none', 'dots', 'full']
+Remat = Literal['none', 'dots', 'attention', 'full']
 
 # Names of small weights that stay float32 whatever the compute type.
 _EXACT = ('norm', 'bias')
@@ -298,6 +298,7 @@ def scan_blocks(
       policy={
         'full': policies.nothing_saveable,
         'dots': policies.dots_with_no_batch_dims_saveable,
+        'attention': policies.save_only_these_names(splash.KEPT),
       }[remat],
     )
   return jax.lax.scan(layer, x, (blocks, jnp.array(config.is_local)))
@@ -320,7 +321,8 @@ def forward(
     ids: tokens, padded at the end.
     layout: of the rows; one sequence a row if None.
     remat: what the backward pass keeps of each layer: all it needs ('none'),
-      the outcomes of its projections ('dots'), or its input alone ('full').
+      the outcomes of its projections ('dots'), its input and what the Splash
+      kernel made ('attention'), or its input alone ('full').
     backend: of attention.
   """
   if layout is None:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 # Tokens of a tile's side at the most, and what its sides are multiples of.
 TILE, LANES = 512, 128
 
+# Name of what the backward kernels want of the forward one.
+KEPT = 'attention'
+
 
 def attend(
   query: Float[Array, 'B T N H'],
@@ -109,6 +112,7 @@ def _one_device(
       block_kv_dq=tile,
     ),
     attn_logits_soft_cap=softcap,
+    residual_checkpoint_name=KEPT,
     head_shards=1,
     q_seq_shards=1,
     interpret=interpret,

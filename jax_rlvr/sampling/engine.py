@@ -148,6 +148,11 @@ class Engine:
   def unstacked(self, params: Any) -> dict[str, Any]:
     """Parameters as `complete` takes them: cast, cut over heads, by layer."""
     params = policy.cast(params, self.dtype)
+    given = jax.tree.leaves(params)[0].sharding
+    if getattr(given, 'mesh', self.mesh) != self.mesh:
+      # Cut as finely on this mesh first: in one go each device would get all
+      # weights to take its part of.
+      params = layouts.place(self.mesh, params, layouts.TRAINING)
     params = layouts.place(self.mesh, params, layouts.SAMPLING)
     return _unstack(params, turn=self.mesh.devices.flat[0].platform == 'cpu')
 

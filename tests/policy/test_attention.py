@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from types import SimpleNamespace
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.interpreters import partial_eval
 
 from jax_rlvr import mesh as layouts
 from jax_rlvr import policy
@@ -261,6 +263,25 @@ def test_splash_in_a_policy_of_two_kinds_of_layers_equals_xla():
     grads,
     expected_grads,
   )
+
+
+@pytest.mark.parametrize(
+  'remat, runs', [('none', 1), ('attention', 1), ('full', 2)]
+)
+def test_splash_runs_forward_again_where_nothing_of_it_is_kept(remat, runs):
+  config = configured(layers=3)
+  backend = attention.splash(None, interpret=True)
+
+  def loss(params):
+    ids = jnp.zeros((1, 128), jnp.int32)
+    return jnp.sum(
+      policy.forward(config, params, ids, remat=remat, backend=backend)
+    )
+
+  found = jax.make_jaxpr(jax.grad(loss))(policy.abstract_params(config)).jaxpr
+  found, _ = partial_eval.dce_jaxpr(found, [True] * len(found.outvars))
+  names = re.findall(r'\bname=splash_mha_(\w+?)_', str(found))
+  assert sorted(names) == ['dkv', 'dq', *['fwd'] * runs]
 
 
 def test_shared_prompts_are_refused_with_splash():

@@ -92,7 +92,7 @@ def test_a_later_token_leaves_earlier_hidden_states():
   assert (np.abs(before[:, 4:] - after[:, 4:]).max(axis=-1) > 1e-3).all()
 
 
-@pytest.mark.parametrize('remat', ['dots', 'full'])
+@pytest.mark.parametrize('remat', ['dots', 'attention', 'full'])
 def test_remat_changes_neither_value_nor_gradient(remat):
   params = weights(TIED)
 

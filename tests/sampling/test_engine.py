@@ -258,6 +258,13 @@ def test_completions_do_not_depend_on_the_devices(params, base):
   all_same(complete(params, mesh=mesh), base)
 
 
+def test_weights_come_from_a_mesh_of_another_shape(params, base):
+  training = layouts.make(fsdp=4, tensor=2)
+  laid = layouts.place(training, params, layouts.TRAINING)
+  mesh = layouts.folded(training, 4)
+  all_same(complete(laid, mesh=mesh), base)
+
+
 def begun_groups(found, size=4):
   """The completions of more tokens than `size`, cut there, and whole."""
   data = np.asarray(jax.random.key_data(KEYS))
