@@ -5,7 +5,8 @@ Reproduces: `Beyond the 80/20 Rule <https://arxiv.org/abs/2506.01939>`_, 2025,
 512 prompts of 16 completions a step, 16 updates a step, groups without a
 difference replaced, answers beyond 16,384 tokens penalised up to 20,480.
 
-Hardware: 16 v5p chips, or 32 v6e with `:slots=128`; by the plans of
+Hardware: 16 v5p chips, or 32 v6e with
+`:tensor=1,sampling_tensor=2,slots=128,remat=attention`; by the plans of
 docs/pods.md, as no run of this size has been made here.
 
   pip install '.[math]'

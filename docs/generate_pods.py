@@ -23,16 +23,26 @@ GIB = 2**30
 ROWS = {
   'Qwen2.5-7B, 16 v5p': ('qwen2_5_7b_clip_cov.py', 'v5p:2x2x4'),
   'Qwen2.5-7B, 32 v6e': (
-    'qwen2_5_7b_clip_cov.py:tensor=2,slots=512',
+    'qwen2_5_7b_clip_cov.py:tensor=1,sampling_tensor=2,slots=512,'
+    'remat=attention',
     'v6e:4x8',
   ),
   'Qwen3-8B, 16 v5p': ('qwen3_8b_forking.py', 'v5p:2x2x4'),
-  'Qwen3-8B, 32 v6e': ('qwen3_8b_forking.py:slots=128', 'v6e:4x8'),
+  'Qwen3-8B, 32 v6e': (
+    'qwen3_8b_forking.py:tensor=1,sampling_tensor=2,slots=128,remat=attention',
+    'v6e:4x8',
+  ),
   'Qwen3-14B, 32 v5p': ('qwen3_14b_forking.py', 'v5p:2x4x4'),
   'Qwen2.5-32B, 64 v5p': ('qwen2_5_32b_clip_cov.py', 'v5p:4x4x4'),
-  'Qwen2.5-32B, 128 v6e': ('qwen2_5_32b_clip_cov.py:slots=512', 'v6e:8x16'),
+  'Qwen2.5-32B, 128 v6e': (
+    'qwen2_5_32b_clip_cov.py:tensor=1,sampling_tensor=8,slots=512',
+    'v6e:8x16',
+  ),
   'Qwen3-32B, 64 v5p': ('qwen3_32b_forking.py', 'v5p:4x4x4'),
-  'Qwen3-32B, 128 v6e': ('qwen3_32b_forking.py:slots=256', 'v6e:8x16'),
+  'Qwen3-32B, 128 v6e': (
+    'qwen3_32b_forking.py:tensor=1,sampling_tensor=8,slots=256',
+    'v6e:8x16',
+  ),
 }
 
 PAGE_TEXT = """\
@@ -75,20 +85,40 @@ says by how much; `.ci/check_plan.py` compiles three of the rows again.
 
 ## What holds them
 
-On v5p the updates lie near 60 % of the peak: a fifth of what is computed is
-recomputation (`remat='full'`; the activations of these rows leave no choice),
-and sums of activations over `tensor` take most of the rest. v6e has twice the
-FLOPs of v5p and links as fast: there gathers of weights and, with them, sums
-over `tensor` hold the update below one half. They take 2.3 of 13.4 s for 7B at
-`tensor=2`, and 13 of 26.5 s for 32B at `tensor=8`, which lies along one open
-axis of the slice. `tensor=4` would halve those, but does not fit: while weights
-to sample with are laid out anew they are there twice. Decoding, and with
-20,480 tokens most of a step, is at 80 to 99 % of HBM's bandwidth all the same.
+v6e has twice the FLOPs of v5p and links as fast. With the `tensor` that
+sampling wants, sums of activations and gathers that are waited for held its
+updates at 43 (7B), 31 (8B, which had the ring below, too) and 24 % (32B) of the
+peak. They run with `tensor=1` now, all chips
+being data shards, and `sampling_tensor` alone divides the weights to sample
+with. Of 8.5 s of Qwen2.5-7B the method needs 5.7; 1.2 are computed again (or
+masked, in attention's tiles), 1.5 traffic of HBM that takes longer than the
+products it belongs to. Gathers and sums of gradients take 2.7 s beside all
+this; for 0.04 s others are waited for. Of 52.7 s of Qwen3-8B the method needs
+34.0; 8.7 are computed again or masked, 8.8 are HBM, 1.1 are waited for.
+
+Of Qwen2.5-32B and Qwen3-32B on 128 v6e with `tensor=1` the updates alone were
+planned, with chunks of the head as they were (below): 59.5 % of the peak in
+19.2 GiB (24 % with `tensor=8`), and 56 % in 30.1 of 31.2 GiB: no room to keep
+attention, and little for larger chunks. Over 128 chips gathers and sums are
+waited for that mostly go beside products over 32: 1.4 of 10.6 s, 3.7 of 61.2 s.
+
+`remat='attention'` keeps what the attention kernel made of each layer, so that
+it does not run again on the way back: where there is room for it. The head is
+multiplied with 1,024 tokens at a time; with 256, reading it and adding to its
+gradient took 0.9 s more of Qwen2.5-7B's update.
+
+On v5p the updates lie near 60 % of the peak: they were planned with the
+`tensor` of sampling for both, and its sums take most of what is not product. A
+fifth of what is computed is recomputation (`remat='full'`).
+
+Decoding, and with 20,480 tokens most of a step, is at 80 to 99 % of HBM's
+bandwidth. Weights are there twice while they are laid out anew to sample with:
+that is what keeps 32B on v6e from fewer devices a copy.
 
 Weights go to all of `fsdp` before they are multiplied, not around a ring of
 partial products: `jax_rlvr/compilation.py` has the flag. With 16 data shards
-the ring had an update of 7B on v6e read and write 20 TB of HBM a chip, now 9:
-33 % of the peak became 43 %. On v5p with 4 shards it was 30 TB and is 24.
+the ring had an update of 7B on v6e read and write 20 TB of HBM a chip, without
+it 9. On v5p with 4 shards it was 30 TB and is 24.
 
 ## What a roofline leaves out
 
@@ -110,8 +140,10 @@ strangers: each has all weights and slots of its own.
 
 `tensor` cuts heads, feed-forward and vocabulary, in training and in sampling.
 It divides the weights that each device samples with, and what a token reads;
-it costs two sums over activations a layer. Give it the least that leaves room
-for slots: beyond the number of key heads, devices hold the same ones.
+it costs two sums over activations a layer, in training too. So sampling may
+have one of its own, `sampling_tensor`: give it the least that leaves room for
+slots (beyond the number of key heads, devices hold the same ones), and training
+`tensor=1` as long as a row of each device fits and there are rows for all.
 
 `slice` cuts rows over the data-centre network; parameters are whole in each
 slice, and gradients are summed over it once an update.
@@ -171,9 +203,10 @@ def rounded(x):
 
 def table(kept: dict) -> str:
   names = (
-    'run', 'recipe', 'mesh (fsdp × tensor)', 'GiB: update, re-layout, decode',
-    'of', 'fits', 'update: s, utilisation', 'slots, room for',
-    'decode: tokens/s, utilisation', 'a step, s', 'compiled in, s',
+    'run', 'recipe', 'fsdp × tensor, to sample',
+    'GiB: update, re-layout, decode', 'of', 'fits', 'update: s, utilisation',
+    'slots, room for', 'decode: tokens/s, utilisation', 'a step, s',
+    'compiled in, s',
   )  # fmt: skip
   lines = [line(names), line(['---'] * len(names))]
   lines += [line(row(name, kept[name])) for name in ROWS if name in kept]
@@ -200,7 +233,10 @@ def footnote(kept: dict) -> str:
 
 def row(name: str, found: dict) -> list[str]:
   recipe, topology = ROWS[name]
-  mesh, shapes, stages = found['mesh'], found['shapes'], found['stages']
+  shapes, stages = found['shapes'], found['stages']
+  meshes = [found['mesh']]
+  if found.get('sampling_mesh', *meshes) not in meshes:
+    meshes.append(found['sampling_mesh'])
   step, decode = (
     plan.of(found, program) for program in ('inner step', 'decode segment')
   )
@@ -209,7 +245,7 @@ def row(name: str, found: dict) -> list[str]:
   cells = [
     f'{name} \\*' if is_older(found) else name,
     f'`{recipe}` on `{topology}`',
-    f'{mesh["fsdp"]} × {mesh["tensor"]}',
+    ', '.join(f'{m["fsdp"]} × {m["tensor"]}' for m in meshes),
     ', '.join('?' if size is None else f'{size / GIB:.1f}' for size in sizes),
     f'{found["hbm_capacity_bytes"] / GIB:.1f}',
     'yes' if found['fits'] else '**no**',

@@ -215,17 +215,24 @@ def test_chips_named_have_room_by_arithmetic(name):
   cached = shape.layers * shape.kv_heads * shape.head_size * 2  # K and V
   for chips, kind, overrides in hardware:
     found, chips = load(name, overrides), int(chips)
-    shards, room = chips // found.tensor, CHIPS[kind] * 1e9 * 0.8
-    assert shape.kv_heads % found.tensor == found.slots % shards == 0
+    room = CHIPS[kind] * 1e9 * 0.8
+    # Devices that share weights to sample with.
+    tensor = found.sampling_tensor or found.tensor
+    shards = chips // tensor
+    assert shape.kv_heads % tensor == found.slots % shards == 0
     # Master weights and two moments, cut over all chips.
     state = 12 * parameters / chips
     # In bfloat16: the sampler's weights, and keys and values of its slots.
     slots = found.slots / shards
-    cache = 2 * cached * found.sequence_tokens * slots / found.tensor
-    assert state + 2 * parameters / found.tensor + cache < room
+    cache = 2 * cached * found.sequence_tokens * slots / tensor
+    assert state + 2 * parameters / tensor + cache < room
     # The sum of gradients, and what each layer of a microbatch keeps.
+    shards = chips // found.tensor
     rows = max(found.microbatch_tokens // found.row_tokens // shards, 1)
-    kept = 2 * shape.layers * shape.width * found.row_tokens * rows
+    width = shape.width
+    if found.remat == 'attention':
+      width += shape.heads * shape.head_size // found.tensor
+    kept = 2 * shape.layers * width * found.row_tokens * rows
     assert state + 6 * parameters / chips + kept < room
 
 
