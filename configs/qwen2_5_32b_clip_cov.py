@@ -4,7 +4,7 @@ Reproduces: `The Entropy Mechanism <https://arxiv.org/abs/2505.22617>`_, 2025,
 §4.3, the row 'w. Clip-Cov' of Table 2 for 32B.
 
 Hardware: 64 v5p chips, or 128 v6e with
-`:tensor=1,sampling_tensor=8,slots=512`; by arithmetic and, of the update on
+`:slots=512,remat=full`; by arithmetic and, of the update on
 v6e, the plan in docs/pods.md, as no run of this size has been made here.
 
   python -m jax_rlvr.train --config configs/qwen2_5_32b_clip_cov.py \
@@ -47,6 +47,7 @@ def get_config(
     steps=136,
     # Keys and values of a slot take 2.7 GB.
     slots=1024,
-    tensor=8,
+    remat='attention',
+    sampling_tensor=8,
   )
   return dataclasses.replace(grpo, **settings | overrides)

@@ -5,7 +5,7 @@ Reproduces: `The Entropy Mechanism <https://arxiv.org/abs/2505.22617>`_, 2025,
 8 completions a step, 8 updates a step, groups of equal rewards replaced.
 
 Hardware: 16 v5p chips, or 32 v6e with
-`:tensor=1,sampling_tensor=2,slots=512,remat=attention`; by the plans of
+`:sampling_tensor=2,slots=512`; by the plans of
 docs/pods.md, as no run of this size has been made here.
 
   python -m jax_rlvr.train --config configs/qwen2_5_7b_grpo.py \
@@ -83,7 +83,8 @@ def get_config(
     # Keys and values of a slot take 0.6 GB.
     slots=1024,
     microbatch_tokens=163_840,
-    tensor=4,
+    remat='attention',
+    sampling_tensor=4,
     scorers=8,
   )
   return Config(**settings | overrides)

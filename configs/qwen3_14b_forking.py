@@ -38,6 +38,7 @@ def get_config(
     policy='Qwen/Qwen3-14B-Base',
     # Keys and values of a slot take 3.7 GB.
     slots=512,
-    tensor=4,
+    remat='attention',
+    sampling_tensor=4,
   )
   return dataclasses.replace(smaller, **settings | overrides)

@@ -4,7 +4,7 @@ Reproduces: `Beyond the 80/20 Rule <https://arxiv.org/abs/2506.01939>`_, 2025,
 §5.2: configs/qwen3_8b_forking.py with a larger policy.
 
 Hardware: 64 v5p chips, or 128 v6e with
-`:tensor=1,sampling_tensor=8,slots=256`; by arithmetic, as no run of this size
+`:slots=256,remat=full`; by arithmetic, as no run of this size
 has been made here. The base model is not public: give a folder of
 one by `:policy=`, or another model of that size.
 
@@ -40,6 +40,7 @@ def get_config(
     policy='Qwen/Qwen3-32B-Base',
     # Keys and values of a slot take 5.9 GB.
     slots=512,
-    tensor=8,
+    remat='attention',
+    sampling_tensor=8,
   )
   return dataclasses.replace(smaller, **settings | overrides)

@@ -6,7 +6,7 @@ Reproduces: `Beyond the 80/20 Rule <https://arxiv.org/abs/2506.01939>`_, 2025,
 difference replaced, answers beyond 16,384 tokens penalised up to 20,480.
 
 Hardware: 16 v5p chips, or 32 v6e with
-`:tensor=1,sampling_tensor=2,slots=128,remat=attention`; by the plans of
+`:slots=128`; by the plans of
 docs/pods.md, as no run of this size has been made here.
 
   pip install '.[math]'
@@ -101,7 +101,8 @@ def get_config(
     # Keys and values of a slot take 3.3 GB.
     slots=256,
     microbatch_tokens=180_224,
-    tensor=2,
+    remat='attention',
+    sampling_tensor=2,
     scorers=8,
   )
   return Config(**settings | overrides)

@@ -23,24 +23,20 @@ GIB = 2**30
 ROWS = {
   'Qwen2.5-7B, 16 v5p': ('qwen2_5_7b_clip_cov.py', 'v5p:2x2x4'),
   'Qwen2.5-7B, 32 v6e': (
-    'qwen2_5_7b_clip_cov.py:tensor=1,sampling_tensor=2,slots=512,'
-    'remat=attention',
+    'qwen2_5_7b_clip_cov.py:sampling_tensor=2,slots=512',
     'v6e:4x8',
   ),
   'Qwen3-8B, 16 v5p': ('qwen3_8b_forking.py', 'v5p:2x2x4'),
-  'Qwen3-8B, 32 v6e': (
-    'qwen3_8b_forking.py:tensor=1,sampling_tensor=2,slots=128,remat=attention',
-    'v6e:4x8',
-  ),
+  'Qwen3-8B, 32 v6e': ('qwen3_8b_forking.py:slots=128', 'v6e:4x8'),
   'Qwen3-14B, 32 v5p': ('qwen3_14b_forking.py', 'v5p:2x4x4'),
   'Qwen2.5-32B, 64 v5p': ('qwen2_5_32b_clip_cov.py', 'v5p:4x4x4'),
   'Qwen2.5-32B, 128 v6e': (
-    'qwen2_5_32b_clip_cov.py:tensor=1,sampling_tensor=8,slots=512',
+    'qwen2_5_32b_clip_cov.py:slots=512,remat=full',
     'v6e:8x16',
   ),
   'Qwen3-32B, 64 v5p': ('qwen3_32b_forking.py', 'v5p:4x4x4'),
   'Qwen3-32B, 128 v6e': (
-    'qwen3_32b_forking.py:tensor=1,sampling_tensor=8,slots=256',
+    'qwen3_32b_forking.py:slots=256,remat=full',
     'v6e:8x16',
   ),
 }
