@@ -375,9 +375,9 @@ def verdict(plan: dict[str, Any]) -> list[str]:
       )
     helps = 'lower microbatch_tokens, or raise tensor or the number of chips'
     if name in ('prefill', 'admit', 'decode segment'):
-      helps = 'lower slots, or raise tensor'
+      helps = 'lower slots, or raise sampling_tensor'
     if name in ('fold', 're-layout', 'unstack'):
-      helps = 'raise tensor'
+      helps = 'raise sampling_tensor'
     lines.append(f'{name} {wants}; {helps}')
   return lines
 

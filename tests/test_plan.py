@@ -195,7 +195,7 @@ def test_a_run_that_does_not_fit_is_told_how_much_and_what_helps():
   found = example() | {'fits': False, 'hbm_capacity_bytes': 14 * 2**30}
   assert plan.verdict(found) == [
     'decode segment takes 15.00 GiB with what waits beside it, 1.00 more than '
-    'a device has; lower slots, or raise tensor'
+    'a device has; lower slots, or raise sampling_tensor'
   ]
 
 

@@ -572,7 +572,7 @@ def model(tmp_path):
 def test_recipe_of_a_paper_passes_a_dry_run(name, math, model, capsys):
   pytest.importorskip('math_verify', reason='MATH500 is graded by math-verify')
   # For eight devices that are no TPUs.
-  spec = f"{math},policy='{model}',tensor=1,slots=8"
+  spec = f"{math},policy='{model}',sampling_tensor=1,slots=8"
   config = f'configs/{name}.py{spec}'
   assert train.main(['--dry_run', '--config', config]) == 0
   assert 'What is 3 + 4?' in capsys.readouterr().out
