@@ -1,11 +1,13 @@
 """The command that looks at a run, on runs made by hand."""
 
+import json
 import math
 import threading
 
 import pytest
 
 from jax_rlvr import watch
+from jax_rlvr.analysis import entropy_law
 from tests.runs import log
 
 
@@ -55,6 +57,21 @@ def test_entropy_that_is_gone_is_warned_of(tmp_path, shown):
   run = log(tmp_path / 'run', 60, (0, 10, 20, 30), scale=0.3)
   text = shown(run, '--once')
   assert 'warning: entropy is used up: at 0.017 nats' in text
+
+
+def test_law_of_noise_warns_of_nothing(tmp_path, shown):
+  run = log(tmp_path / 'run', 60, (0, 10, 20, 30), scale=0.3)
+  scores = (0.31, 0.30, 0.32, 0.31)
+  rows = [
+    {'step': step, 'eval/sums/avg@8': score}
+    for step, score in zip((0, 10, 20, 30), scores, strict=True)
+  ]
+  text = ''.join(json.dumps(row) + '\n' for row in rows)
+  (run / 'eval.jsonl').write_text(text)
+  law, trend = watch.law_of(watch.read(run))
+  # By itself it would have nothing left to gain.
+  assert law.a > 0 and entropy_law.steps_to_ceiling(law, trend) == 0
+  assert 'warning' not in shown(run, '--once')
 
 
 def test_law_is_waited_for(tmp_path, shown):

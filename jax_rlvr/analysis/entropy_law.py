@@ -188,7 +188,9 @@ def pairs(
   An evaluation of step s is of the weights after s steps. They drew the
   rollouts of step s + 1, so it is that row's entropy that belongs to it; row s
   is of the weights before. The last evaluation of a run has no such row, and
-  makes no pair.
+  makes no pair. The row speaks of all groups that were completed, before
+  dynamic sampling drops any; with `oversample` some of its tokens were drawn
+  with earlier weights.
 
   Args:
     rows: of metrics.jsonl.
@@ -231,8 +233,8 @@ class Trend:
 
   Entropy falls fast at first and then ever more slowly. In five runs of the
   quickstart and of SmolLM2, seen up to 30, 50 or 75 % of their steps, a power
-  of the step came within a factor of 3 of the last entropy, mostly of 1.5; an
-  exponential ended up to 35 times too low.
+  of the step came to within about a factor of 3 of the last entropy, mostly of
+  1.5; an exponential ended up to 35 times too low.
 
   Attributes:
     line: of ln entropy on ln step.
