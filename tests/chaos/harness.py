@@ -187,7 +187,7 @@ def main() -> int:
   folder = arguments.workdir or pathlib.Path(tempfile.mkdtemp())
   config = f'{RECIPE}:steps={arguments.steps}'
   if arguments.steps < 100:
-    config += f',checkpoint_every=3,eval_every={arguments.steps // 2}'
+    config += f',checkpoint_every=3,eval_every={arguments.steps // 4}'
     config += f',reference_every={arguments.steps // 3},hangs=997'
   finish(config, folder / 'straight')
   often = -(-arguments.disturbances // len(DISTURBANCES))
