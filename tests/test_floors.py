@@ -16,7 +16,7 @@ FLOORS = {
     'tokenizer tokenizer_folder advantages config metrics policy_gradient '
     'evidence evaluation scores chips hlo pieces'
   ),
-  2: 'filters tasks policy checkpoint manifest stream',
+  2: 'filters tasks policy checkpoint manifest stream samples',
   3: 'token_stats sampling packing scoring reward_process',
   4: 'sft actor carried rollout update loaded',
   5: 'evaluate setup export lowered compiled plan',
