@@ -44,7 +44,15 @@ from jax_rlvr.config import ConfigError
 from jax_rlvr.evaluation import Evaluation, resolved, tasks_of
 from jax_rlvr.policy import attention
 from jax_rlvr.prng import Stream
-from jax_rlvr.sampling import chain, min_p, stops, top_k, top_p
+from jax_rlvr.sampling import (
+  Transform,
+  chain,
+  entropy_temperature,
+  min_p,
+  stops,
+  top_k,
+  top_p,
+)
 from jax_rlvr.scores import Question, grouped, measures, tables, write
 from jax_rlvr.scoring import Scorers
 
@@ -198,6 +206,14 @@ def _parser() -> argparse.ArgumentParser:
     ('tensor', int, 'devices that share each layer; 1'),
   ):
     parser.add_argument(f'--{name}', type=kind, help=what)
+  parser.add_argument(
+    '--entropy_temperature',
+    type=float,
+    nargs=3,
+    metavar=('LOW', 'HIGH', 'NATS'),
+    help='one temperature up to an entropy, another above; to have them alone, '
+    'give --temperature 1',
+  )
   hosts.add_flags(parser)
   parser.add_argument('--json', type=path, help='where to write scores')
   parser.add_argument('--out', type=path, help='where to write all samples')
@@ -301,11 +317,14 @@ def _overridden(
   names = ('samples', 'prompts', 'max_completion_tokens', 'temperature')
   given = vars(arguments)
   changes = {name: given[name] for name in names if given[name] is not None}
-  cuts = [
+  cuts: list[Transform] = [
     cut(given[cut.__name__])
     for cut in (top_k, top_p, min_p)
     if given[cut.__name__] is not None
   ]
+  if given['entropy_temperature'] is not None:
+    # First: it is the policy's own entropy that tells forks.
+    cuts.insert(0, entropy_temperature(*given['entropy_temperature']))
   if cuts:
     changes['transform'] = chain(*cuts)
   return tuple(dataclasses.replace(e, **changes) for e in evaluations)

@@ -78,6 +78,7 @@ def write(
         )  # fmt: skip
   manifest = {
     'run': run,
+    'steps': config.steps,
     'policy': dataclasses.asdict(policy),
     'parameters': _parameters(policy),
     'tasks': [_task_record(each) for each in config.evaluations],

@@ -30,6 +30,7 @@ from jax_rlvr import (
   storage,
 )
 from jax_rlvr.actor import Interrupted
+from jax_rlvr.analysis import covariance, entropy_law
 from jax_rlvr.checkpoint import Checkpoints
 from jax_rlvr.config import ConfigError
 from jax_rlvr.policy import PolicyConfig
@@ -118,6 +119,7 @@ def train(
         inner, seen = jax.device_get((inner, seen))
         shown = samples.chosen(rollouts, advantages, c.sequences, c.inner_steps)
         measured |= metrics.reduce(inner)
+        measured |= covariance.of_rollouts(rollouts, advantages)
         measured |= _speed(actor.policy, rollouts, started, measured)
         state = state._replace(step=np.int32(step + 1))
         late.append((step + 1, measured, (shown, seen, filters)))
@@ -130,6 +132,8 @@ def train(
           state = reset_reference(setup, workdir, state, oldest)
         scores = None
         if is_due(step + 1, c.eval_every):
+          # The law reads the rows of all steps, as it will after a resume.
+          settle()
           scores = evaluated(state)
         if is_due(step + 1, c.checkpoint_every):
           settle()
@@ -191,12 +195,18 @@ def _evaluate(setup, workdir, scorers, log, watch, state) -> dict[str, float]:
     raise ConfigError(
       f'keep_best={c.keep_best!r} is no score; there are {", ".join(measured)}'
     )
-  log.evaluation(
-    int(state.step), measured | {'time/eval_s': time.perf_counter() - started}
-  )
+  step, took = int(state.step), {'time/eval_s': time.perf_counter() - started}
+  law = {}
   if hosts.is_leader():
-    evaluate.write(workdir / 'eval' / f'{int(state.step):06d}.jsonl', questions)
-  setup.console.print(f'held out, after {int(state.step)} steps:')
+    rows, evaluations = (
+      metrics.read(file) if file.exists() else []
+      for file in (workdir / 'metrics.jsonl', workdir / 'eval.jsonl')
+    )
+    evaluations.append({'step': step} | measured)
+    law = entropy_law.streamed(rows, evaluations, c.steps)
+    evaluate.write(workdir / 'eval' / f'{step:06d}.jsonl', questions)
+  log.evaluation(step, measured | law | took)
+  setup.console.print(f'held out, after {step} steps:')
   setup.console.print(evaluate.tables(measured))
   for each in questions[:: max(1, len(questions) // 3)][:3]:
     r = each.rollouts[0]

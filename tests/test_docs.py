@@ -174,6 +174,28 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     exec(compile(block, 'README.md', 'exec'), {})
 
 
+def test_analysis_page_runs_and_names_what_is_there(
+  tmp_path, monkeypatch, capsys
+):
+  run = tmp_path / 'runs' / 'quickstart'
+  runs.write(run)
+  runs.log(run, 100, (0, 20, 40, 60, 80, 100))
+  runs.sample(run, (1, 2))
+  monkeypatch.chdir(tmp_path)
+  page = ROOT / 'docs' / 'analysis.md'
+  blocks = re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)
+  # Each goes on from those before.
+  names = {}
+  for block in blocks:
+    exec(compile(block, 'analysis.md', 'exec'), names)
+  printed = capsys.readouterr().out
+  assert 'R = −0.200 e^H + 0.600, ceiling 0.400' in printed
+  # The logs have a covariance that is the fall of entropy itself.
+  assert '99 steps, correlation 1.0' in printed
+  for path in re.findall(r'\]\((?!http)([^)#]+)\)', page.read_text()):
+    assert (page.parent / path).exists(), path
+
+
 def test_readme_names_only_files_that_exist():
   text = (ROOT / 'README.md').read_text()
   for path in re.findall(r'\]\((?!http)([^)#]+)\)', text):

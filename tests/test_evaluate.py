@@ -231,6 +231,25 @@ def test_options_go_before_the_settings_of_the_run(workdir, command):
   assert 'eval/sums/pass@2' in scores and 'eval/other/maj@3/low' in scores
 
 
+def test_forking_tokens_have_a_temperature_of_their_own(workdir, command):
+  asked = {}
+  for name, arguments in {
+    'plain': (),
+    'same': ('--entropy_temperature', 1, 1, 0.5),
+    'frozen': ('--entropy_temperature', 0, 0, 0.5),
+    # The weights are random: all entropies are above 0.5 nats.
+    'frozen at forks': ('--entropy_temperature', 1, 0, 0.5),
+    'frozen elsewhere': ('--entropy_temperature', 0, 1, 0.5),
+  }.items():
+    scores, questions = command('--workdir', workdir, *arguments)
+    asked[name] = texts(questions)
+    # The policy's own, whatever is drawn.
+    assert 0.5 < scores['eval/sums/entropy'] < np.log(14)
+  assert asked['same'] == asked['plain'] == asked['frozen elsewhere']
+  assert all(len(set(row)) == 1 for row in asked['frozen'])
+  assert asked['frozen at forks'] == asked['frozen'] != asked['plain']
+
+
 def test_folder_without_tokenizer_takes_the_one_of_the_recipe(
   exported, command, tmp_path
 ):
@@ -261,6 +280,10 @@ def get_config(**changes):
     (['--workdir', '{run}', '--samples', '0'], "'sums': samples=0 must be"),
     (['--workdir', '{run}', '--temperature', '-1'], 'temperature=-1.0 must'),
     (['--workdir', '{run}', '--top_p', '1.5'], 'p=1.5'),
+    (
+      ['--workdir', '{run}', '--entropy_temperature', '-1', '1', '0.5'],
+      'low=-1.0; give a number ≥ 0',
+    ),
     (['--workdir', '{run}', '--tensor', '3'], 'is not the 8 devices here'),
     (['--workdir', '{run}', '--out', '{tmp}'], 'is a folder; give a file'),
     (

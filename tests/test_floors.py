@@ -18,8 +18,8 @@ FLOORS = {
   ),
   2: 'filters tasks policy checkpoint manifest stream samples',
   3: 'token_stats sampling packing scoring reward_process',
-  4: 'sft actor carried rollout update loaded',
-  5: 'evaluate setup export lowered compiled plan',
+  4: 'sft actor carried rollout update loaded analysis',
+  5: 'evaluate setup export lowered compiled plan watch',
   6: 'train',
 }
 FLOOR = {room: n for n, rooms in FLOORS.items() for room in rooms.split()}

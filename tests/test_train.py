@@ -15,7 +15,7 @@ from tests.chaos.harness import ENVIRONMENT, ROOT
 # A quickstart shrunk to one-digit sums: a minute on two cores.
 SMALL = (
   'configs/quickstart.py:digits=1,held_out=20,warm_up_steps=100,'
-  'warm_up_lr=5e-3,lr=3e-3,steps=30,prompts_per_step=32,eval_every=30,'
+  'warm_up_lr=5e-3,lr=3e-3,steps=30,prompts_per_step=32,eval_every=10,'
   'eval_prompts=20,checkpoint_every=5'
 )
 
@@ -44,7 +44,7 @@ def straight(tmp_path_factory):
 
 def test_small_quickstart_learns(straight):
   workdir, _ = straight
-  before, after = (
+  before, *_, after = (
     row['eval/addition/avg@8'] for row in metrics.read(workdir / 'eval.jsonl')
   )
   # Eighty pairs teach little of the twenty others, but something.
@@ -62,17 +62,42 @@ def test_run_directory_holds_what_practitioners_expect(straight):
     'step reward/mean reward/std entropy/token_mean entropy/sequence_mean '
     'length/mean length/clipped_share ratio/max kl/old grad_norm '
     'filters/clip_cov/kept groups/zero_variance_share time/rollout_s '
-    'time/update_s time/rollout_tokens_per_s'
+    'time/update_s time/rollout_tokens_per_s covariance/prompts'
   )
   assert set(wanted.split()) <= set(rows[0])
   evaluations = metrics.read(workdir / 'eval.jsonl')
-  assert [row['step'] for row in evaluations] == [0, 30]
+  assert [row['step'] for row in evaluations] == [0, 10, 20, 30]
   for measure in ('avg@8', 'pass@1', 'pass@8', 'maj@8'):
     assert f'eval/addition/{measure}' in evaluations[0]
   samples = (workdir / 'rollouts' / '000030.jsonl').read_text().splitlines()
   assert {'prompt', 'completion', 'reward'} <= set(json.loads(samples[0]))
   assert 'prompts per step' in shown and 'held out, after 0 steps' in shown
   assert f'next: python -m jax_rlvr.evaluate --workdir {workdir}' in shown
+
+
+def test_law_is_of_scores_and_entropies_of_the_same_weights(straight):
+  workdir, _ = straight
+  rows = metrics.read(workdir / 'metrics.jsonl')
+  *earlier, last = metrics.read(workdir / 'eval.jsonl')
+  assert not any(name.startswith('law/') for row in earlier for name in row)
+  # Rollouts of row i + 1, which is rows[i], are of the weights after i steps.
+  x = [np.exp(rows[i]['entropy/sequence_mean']) for i in (0, 10, 20)]
+  slope, b = np.polyfit(x, [row['eval/addition/avg@8'] for row in earlier], 1)
+  assert last['law/a'] == pytest.approx(-slope)
+  assert last['law/b'] == pytest.approx(b)
+  assert last['law/ceiling'] == pytest.approx(b + slope)
+  edges = sorted((last['law/ceiling'], b + slope * x[-1]))
+  assert edges[0] - 0.05 < last['law/predicted_final'] < edges[1] + 0.05
+
+
+def test_watch_shows_the_run(straight):
+  workdir, _ = straight
+  done = run('--once', workdir, module='watch', check=0)
+  assert 'step 30 of 30' in done.stdout and 'entropy law: R = ' in done.stdout
+  # It has ended: nothing to wait for.
+  assert 'held out, after 30 steps' in run(workdir, module='watch').stdout
+  missing = run(workdir / 'no', module='watch', check=2)
+  assert missing.stderr.count('\n') == 1
 
 
 def test_evaluate_restores_the_run_by_its_manifest(straight, tmp_path):
@@ -91,7 +116,9 @@ def test_evaluate_restores_the_run_by_its_manifest(straight, tmp_path):
   # Told nothing else, it does what the run did.
   run('--workdir', workdir, '--json', out, module='evaluate', check=0)
   scores = json.loads(out.read_text())
-  assert scores == {k: x for k, x in trained.items() if k != 'time/eval_s'}
+  assert scores == {
+    k: x for k, x in trained.items() if not k.startswith(('time/', 'law/'))
+  }
   missing = run('--workdir', workdir, '--step', 7, module='evaluate', check=2)
   assert 'no checkpoint of step 7' in missing.stderr
 

@@ -248,9 +248,17 @@ class entropy_temperature(Transform):
 
   def __call__(self, logits, seen=None):
     forking = softmax(logits).entropy() > self.threshold
-    # As good as 0: the closest logits end up far apart, and none overflows.
-    low, high = max(self.low, 1e-30), max(self.high, 1e-30)
-    return logits / jnp.where(forking, high, low)[..., None]
+    low, high = (_cooled(logits, value) for value in (self.low, self.high))
+    return jnp.where(forking[..., None], high, low)
+
+
+def _cooled(logits, temperature):
+  # Not a division by almost 0: where the compiler fuses it with subtracting the
+  # maximum, that of the products is missed by a rounding error, far above 1.
+  if temperature == 0:
+    top = logits == jnp.max(logits, -1, keepdims=True)
+    return jnp.where(top, 0.0, -jnp.inf)
+  return logits / temperature
 
 
 def _require(ok, name, value, allowed):
