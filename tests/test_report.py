@@ -108,13 +108,12 @@ def unpacked(packed):
   length = int.from_bytes(whole[:4], 'little')
   runs, blob = json.loads(whole[4 : 4 + length]), whole[4 + length :]
   for run in runs:
-    for name, at in run['samples']['columns'].items():
+    columns = run['samples']['columns'] if run['samples'] else {}
+    for name, at in columns.items():
       count = at['count']
       planes = np.frombuffer(blob, np.uint8, 4 * count, at['start'])
       column = planes.reshape(4, count).T.copy().view('<u4')[:, 0]
-      run['samples']['columns'][name] = (
-        column if at['whole'] else column.view('<f4')
-      )
+      columns[name] = column if at['whole'] else column.view('<f4')
   return runs
 
 
@@ -190,6 +189,17 @@ def test_a_run_that_learnt_new_fields_halfway_shows_both_halves(tmp_path):
   assert np.isnan(columns['covariance'][:6]).all()
   assert np.isnan(columns['clip/did'][:6]).all()
   assert columns['covariance'][6:9].tolist() == [1.5, 0.25, -0.5]
+
+
+def test_completions_without_tokens_are_left_out(tmp_path):
+  def oldest(step, number):
+    row = completion(step, number)
+    return {name: row[name] for name in ('task', 'completion', 'reward')}
+
+  run = data.read(write(tmp_path / 'run', oldest), 1000)
+  assert run['samples'] is None
+  (whole,) = unpacked(data.pack([run]))
+  assert whole['metrics']['values']['reward/mean'][0] == 0.1
 
 
 def test_curves_of_many_steps_are_means_of_neighbours():

@@ -77,7 +77,7 @@ def series(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
   def mean(group, name):
     found = [row[name] for row in group if name in row]
-    value = math.fsum(found) / len(found) if found else math.nan
+    value = sum(found) / len(found) if found else math.nan
     return float(f'{value:.5g}') if math.isfinite(value) else None
 
   return {
@@ -118,13 +118,11 @@ def _samples(workdir: storage.Path, max_tokens: int) -> dict[str, Any] | None:
   """Completions by step, and columns of their tokens, end to end."""
   tokenizer = _tokenizer(workdir)
   steps = samples.steps(workdir)
-  if not steps:
+  if not steps or not (last := _completions(workdir, steps[-1])):
     return None
-  kept = {steps[-1]: list(samples.read(workdir, steps[-1]))}
-  each = sum(len(row['ids']) for row in kept[steps[-1]])
-  steps = _evenly(steps, max(max_tokens // max(each, 1), LEAST_STEPS))
-  for step in steps:
-    kept[step] = list(samples.read(workdir, step))
+  each = sum(len(row['ids']) for row in last)
+  steps = _evenly(steps, max(max_tokens // each, LEAST_STEPS))
+  kept = {step: _completions(workdir, step) for step in steps}
   total = sum(len(row['ids']) for rows in kept.values() for row in rows)
   count = sum(map(len, kept.values()))
   limit = max_tokens // max(count, 1) if total > max_tokens else total
@@ -160,6 +158,11 @@ def _samples(workdir: storage.Path, max_tokens: int) -> dict[str, Any] | None:
       for name in names
     },
   }
+
+
+def _completions(workdir: storage.Path, step: int) -> list[dict[str, Any]]:
+  """Those of a step that have tokens; the oldest runs tell of none."""
+  return [row for row in samples.read(workdir, step) if row.get('ids')]
 
 
 def _tokenizer(workdir: storage.Path) -> Tokenizer | None:

@@ -130,6 +130,8 @@ function chart(
       }));
     parts.chosen = plot.appendChild(svg('path', {class: 'chosen'}));
     parts.cursor = plot.appendChild(svg('path', {class: 'cursor'}));
+    parts.step = plot.appendChild(svg(
+        'text', {class: 'tick step-now', y: height - MARGIN.bottom - 5}));
     drawing.replaceChildren(plot);
     point();
   }
@@ -140,6 +142,10 @@ function chart(
     const rule = step =>
         step === null ? '' : `M${at.x(step)},${MARGIN.top}v${inner.h}`;
     parts.cursor.setAttribute('d', rule(view.cursor));
+    parts.step.textContent = view.cursor === null ? '' : `step ${view.cursor}`;
+    const late = view.cursor > (all[0] + all.at(-1)) / 2;
+    parts.step.setAttribute('x', at.x(view.cursor ?? 0) + (late ? -5 : 5));
+    parts.step.setAttribute('text-anchor', late ? 'end' : 'start');
     parts.chosen.setAttribute('d', rule(view.chosen));
     lines.forEach(({run, steps, values}, i) => {
       readouts[i].hidden = view.hidden.has(run);

@@ -84,6 +84,8 @@ const find = id => document.getElementById(id);
 
 // Numbers to read.
 
+const RAISED = '⁰¹²³⁴⁵⁶⁷⁸⁹';
+
 function written(x, digits = 3) {
   if (x === null || x === undefined || Number.isNaN(x)) return '–';
   if (!Number.isFinite(x)) return x > 0 ? '∞' : '−∞';
@@ -92,7 +94,7 @@ function written(x, digits = 3) {
   if (size !== 0 && (size < 1e-4 || size >= 1e6)) {
     const [digit, power] = x.toExponential(digits - 1).split('e');
     const raised =
-        power.replace('+', '').replace(/./g, c => '⁰¹²³⁴⁵⁶⁷⁸⁹'[c] ?? '⁻');
+        power.replace('+', '').replace(/./g, c => RAISED[c] ?? '⁻');
     text = `${digit}·10${raised}`;
   } else if (size >= 1000) {
     text = Math.round(x).toLocaleString('en').replaceAll(',', '\u202f');

@@ -36,8 +36,9 @@ function linesOf(name) {
 }
 
 function head() {
-  find('title').replaceChildren(...runs.flatMap(
-      (run, i) => i ? [element('i', {}, ' and '), run.name] : [run.name]));
+  const joint = i => i === runs.length - 1 ? element('i', {}, ' and ') : ', ';
+  find('title').replaceChildren(
+      ...runs.flatMap((run, i) => i ? [joint(i), run.name] : [run.name]));
   if (runs.length > 3) find('title').textContent = `${runs.length} runs`;
   find('legend').append(...runs.map(
       (run, i) => element(
@@ -58,7 +59,8 @@ function head() {
                  .find(name => /^eval\/.*\/pass@1$/.test(name)));
   const pair = values => {
     const kept = (values ?? []).filter(x => x !== null);
-    return kept.length ? `${written(kept[0])} → ${written(kept.at(-1))}` : '–';
+    const ends = [kept[0], kept.at(-1)].map(x => written(x));
+    return kept.length ? ends.join(' → ') : '–';
   };
   const middle = values => written([
     ...values ?? []

@@ -16,8 +16,8 @@ function card(row) {
         visible(samples.pieces[pieces[i]], last && row.ended, ids[i])));
   }
   const facts = [
-    row.task, `${row.length} tokens`,
-    row.inner !== null && row.inner !== undefined && `update ${row.inner + 1}`,
+    row.task, `${row.length} token${row.length === 1 ? '' : 's'}`,
+    samples.rows.some(row => row.inner) && `update ${row.inner + 1}`,
     row.truncated && 'cut at the limit',
     row.tokens < row.length && `the first ${row.tokens} are here`,
     ...Object.entries(row.parts ?? {}).map(([name,
