@@ -118,13 +118,14 @@ def cloud(
   lowest: bool = False,
   size: tuple[int, int] = (800, 400),
 ) -> None:
-  """Draws the tokens of highest mean entropy as a word cloud, Fig. 2.
+  """Draws the tokens of highest mean entropy as a word cloud.
 
   Args:
     of: the tokens.
     tokenizer: that writes them.
     file: PNG to write.
-    words: drawn at the most.
+    words: drawn at the most; those that the font, DejaVu Sans, has no signs
+      for are boxes.
     lowest: draw those of lowest mean entropy instead, the lowest largest.
     size: in pixels, width and height.
 
@@ -134,16 +135,23 @@ def cloud(
   """
   if not len(of.ids):
     raise ValueError('no token occurs often enough; give a lower more_than')
-  chosen = slice(None, None, -1) if lowest else slice(None)
-  texts, weights = {}, np.linspace(1.0, 0.1, min(words, len(of.ids)))
-  size_of = of.entropy[chosen][:words]
-  # Low entropies differ by powers of ten: their ranks are drawn.
-  weights = weights if lowest else np.maximum(size_of, 1e-6)
-  for token, weight in zip(of.ids[chosen].tolist(), weights, strict=False):
-    texts.setdefault(written(tokenizer, token), float(weight))
-  drawn = importlib.import_module('wordcloud').WordCloud(
-    width=size[0], height=size[1], background_color='white',
-    max_words=words, random_state=0,
+  if lowest:
+    chosen = of.ids[::-1][:words]
+    # Low entropies differ by powers of ten: their ranks are drawn.
+    sizes = np.linspace(1.0, 0.1, len(chosen))
+  else:
+    chosen = of.ids[:words]
+    sizes = np.maximum(of.entropy[:words], 1e-6)
+  texts = {}
+  for token, size_of in zip(chosen.tolist(), sizes.tolist(), strict=True):
+    texts.setdefault(written(tokenizer, token), size_of)
+  wordcloud = importlib.import_module('wordcloud')
+  fonts = importlib.import_module('matplotlib.font_manager')
+  drawn = wordcloud.WordCloud(
+    width=size[0], height=size[1], background_color='white', max_words=words,
+    prefer_horizontal=1.0, random_state=0,
+    # Has the signs that stand for blanks.
+    font_path=fonts.findfont('DejaVu Sans'),
   )  # fmt: skip
   drawn.generate_from_frequencies(texts).to_file(os.fspath(file))
 
