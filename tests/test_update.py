@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jax_rlvr.filters import (
 )
 from jax_rlvr.packing import padded
 from jax_rlvr.policy_gradient import as_loss
-from jax_rlvr.records import Rows, TokenStats, Tracked, TrainState
+from jax_rlvr.records import Rows, Shown, TokenStats, Tracked, TrainState
 from jax_rlvr.token_stats import token_stats
 from tests.test_packing import CONFIG, batch
 
@@ -265,6 +266,20 @@ def test_shown_tokens_do_not_depend_on_the_cut(cut):
     found,
     expected,
   )
+
+
+def test_shown_tokens_cost_one_collective():
+  mesh = layouts.make()
+  rows = jax.sharding.NamedSharding(mesh, layouts.ROWS)
+  x = jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=rows)
+  program = jax.jit(lambda seen: update._of_rows(seen, (0, 5, 11)))
+  text = program.lower(Shown(x, x, x, x, ((x, x),))).compile().as_text()
+  moved = re.findall(
+    r'= (\S+) (all-reduce|all-gather|all-to-all|collective-permute)\(', text
+  )
+  # Three rows of six arrays, and nothing of the others.
+  ((shape, kind),) = moved
+  assert shape.startswith('f32[6,3,8]') and kind == 'all-reduce'
 
 
 def test_filters_report_their_shares(plain, whole):
