@@ -295,6 +295,11 @@ class Config:
     return resolved(self.eval_tasks or self.tasks, vars(self))
 
   @property
+  def sequences(self) -> int:
+    """B: completions that a step trains on."""
+    return self.prompts_per_step * self.group_size
+
+  @property
   def sequence_tokens(self) -> int:
     """T: tokens of the longest prompt + completion."""
     return self.max_prompt_tokens + self.max_completion_tokens

@@ -52,6 +52,7 @@ def summary(stats: TokenStats, tokens: Tokens) -> dict[str, jax.Array]:
     `kl/reference`: of KL(current ‖ reference), where there is one.
   * `covariance/mean`, and `covariance/top_…`: mean covariance of that share of
     the tokens, as in Table 1 of the Entropy Mechanism; finite ones only.
+    `covariance/p01` to `p99`: percentiles over the same tokens.
   * `entropy/p50`, `p80`, `p95`: percentiles of token entropy, nats; the 80th
     is where the 80/20 paper cuts.
   """
@@ -63,23 +64,32 @@ def summary(stats: TokenStats, tokens: Tokens) -> dict[str, jax.Array]:
   counts = jnp.stack([jnp.maximum(masked.share(s, n), 1) for s in shares])
   finite = mask & jnp.isfinite(cov)
   tops = jax.vmap(lambda count: masked.top_mean(cov, finite, count))(counts)
+  percentiles = _percentiles(cov, finite, (1, 5, 25, 50, 75, 95, 99))
   scalars = {
     'ratio/max': masked.largest_value(jnp.exp(x), mask),
     'kl/old': masked.mean(jnp.expm1(x) - x, mask),
     'covariance/mean': masked.mean(cov, finite),
     **{f'covariance/top_{s:g}': tops[i] for i, s in enumerate(shares)},
+    **{f'covariance/{p}': x for p, x in percentiles.items()},
   }
   if tokens.ref_logprob is not None:
     y = bounded(tokens.ref_logprob - stats.logprob, mask)
     scalars['kl/reference'] = masked.mean(jnp.expm1(y) - y, mask)
   if stats.entropy is not None:
-    percents = (50, 80, 95)
-    values = jax.vmap(lambda q: masked.quantile(stats.entropy, mask, q))(
-      jnp.array(percents) / 100
-    )
-    values = jnp.where(n > 0, values, 0.0)
-    scalars |= {f'entropy/p{p}': values[i] for i, p in enumerate(percents)}
+    percentiles = _percentiles(stats.entropy, mask, (50, 80, 95))
+    scalars |= {f'entropy/{p}': x for p, x in percentiles.items()}
   return scalars
+
+
+def _percentiles(
+  x: jax.Array, mask: jax.Array, percents: tuple[int, ...]
+) -> dict[str, jax.Array]:
+  """`p01` and so on; 0 where the mask is empty."""
+  values = jax.vmap(lambda q: masked.quantile(x, mask, q))(
+    jnp.array(percents) / 100
+  )
+  values = jnp.where(jnp.any(mask), values, 0.0)
+  return {f'p{p:02}': values[i] for i, p in enumerate(percents)}
 
 
 class Gap(NamedTuple):

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_rlvr import mesh as layouts
-from jax_rlvr import policy, rollout
+from jax_rlvr import policy, rollout, samples
 from jax_rlvr.config import Config, ConfigError
 from jax_rlvr.policy import PolicyConfig, attention
 from jax_rlvr.policy.pages import PAGE, PAGES
@@ -228,6 +228,7 @@ def inner_step(plan: Plan) -> Program:
     shards=plan.shards,
     backend=plan.backend,
     on_policy=c.oversample == 1,
+    shown=samples.rows(c.sequences, c.inner_steps),
   )
   tokens = rollout.tokens(
     [], np.zeros(0), c.sequence_tokens, step=0 if c.oversample > 1 else None
@@ -398,7 +399,7 @@ def segment(plan: Plan) -> Program:
   if not plan.shape.tied_embeddings:
     del read['embed']
   weights = bytes_of(read)
-  tokens = c.prompts_per_step * c.group_size * c.max_completion_tokens
+  tokens = c.sequences * c.max_completion_tokens
   return Program(
     'decode segment',
     lambda: sampling.segment.lower(

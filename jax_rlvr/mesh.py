@@ -42,6 +42,7 @@ SAMPLING: Table = tuple(
   for pattern, spec in TRAINING
 )
 ROWS = P(('slice', 'fsdp'))
+WHOLE = P()
 # Of the sampler: [S, K, …] and [P, T, K, H].
 CACHE = P(*ROWS, 'tensor')
 PROMPTS = P(*ROWS, None, 'tensor')

@@ -16,7 +16,14 @@ import jax.numpy as jnp
 import optax
 
 from jax_rlvr.evidence import log_ratio, within
-from jax_rlvr.records import Aggregated, Rescaled, Tokens, TokenStats
+from jax_rlvr.records import (
+  Aggregated,
+  Rescaled,
+  Tokens,
+  TokenStats,
+  Tracked,
+  Watched,
+)
 
 
 def policy_gradient(stats: TokenStats, tokens: Tokens) -> TokenStats:
@@ -64,6 +71,71 @@ def token_gradients(
   _check_end(state)
   grads = policy_gradient(stats, tokens)
   return chain.update(grads, state, stats, tokens=tokens, key=key)
+
+
+def watched_gradients(
+  filters: optax.GradientTransformation,
+  stats: TokenStats,
+  tokens: Tokens,
+  *,
+  key: jax.Array | None = None,
+  state: Any = None,
+):
+  """As `token_gradients`, and what each tracked filter did.
+
+  Returns:
+    dL/dstats, the chain's next state, and for each of `tracked_names` the
+    logprob gradients that came and that left, [B, T] each.
+  """
+  chain: Any = filters
+  if state is None:
+    state = chain.init(stats)
+  # Before the chain, so that a filter that runs or not returns one structure.
+  nothing = jnp.zeros_like(stats.logprob)
+
+  def watch(node):
+    if _name(node):
+      inner = _each(watch, node.inner, Tracked)
+      return Watched(Tracked(inner, node.report), nothing, nothing)
+    return node
+
+  grads, state = token_gradients(
+    chain, stats, tokens, key=key, state=_each(watch, state, Tracked)
+  )
+  seen = []
+
+  def unwatch(node):
+    if isinstance(node, Watched):
+      seen.append((node.came, node.left))
+      inner = _each(unwatch, node.tracked.inner, Watched)
+      return Tracked(inner, node.tracked.report)
+    return node
+
+  return grads, _each(unwatch, state, Watched), tuple(seen)
+
+
+def tracked_names(state: Any) -> list[str]:
+  """Of the tracked filters in a chain's state, outer before inner, in order."""
+  names = []
+
+  def visit(node):
+    if _name(node):
+      names.append(_name(node))
+      _each(visit, node.inner, Tracked)
+
+  _each(visit, state, Tracked)
+  return names
+
+
+def _name(node: Any) -> str:
+  """That a filter is tracked under; '' of other states."""
+  report = node.report if isinstance(node, Tracked) else ()
+  names = [key.removesuffix('/kept') for key in report if key.endswith('/kept')]
+  return min(names, key=len, default='')
+
+
+def _each(f, tree: Any, kind: type) -> Any:
+  return jax.tree.map(f, tree, is_leaf=lambda node: isinstance(node, kind))
 
 
 def _check_end(state: Any) -> None:

@@ -231,6 +231,38 @@ class Tracked(NamedTuple):
   report: dict[str, Array]
 
 
+class Watched(NamedTuple):
+  """State of a tracked filter that shows what it did to every token.
+
+  It lives within one update; see `policy_gradient.watched_gradients`.
+
+  Attributes:
+    tracked: the filter's own state.
+    came, left: float32 [B, T], logprob gradients before and after it.
+  """
+
+  tracked: Tracked
+  came: Float[Array, 'B T']
+  left: Float[Array, 'B T']
+
+
+class Shown(NamedTuple):
+  """What an inner step saw of some of its sequences, before weights move.
+
+  Attributes:
+    logprob, entropy: float32 [S, T], nats, of the current policy.
+    covariance: float32 [S, T], see `evidence.covariance`.
+    gradient: float32 [S, T], the logprob gradient that leaves the chain.
+    filters: (came, left) float32 [S, T] of each tracked filter, in order.
+  """
+
+  logprob: Float[Array, 'S T']
+  entropy: Float[Array, 'S T']
+  covariance: Float[Array, 'S T']
+  gradient: Float[Array, 'S T']
+  filters: tuple[tuple[Float[Array, 'S T'], Float[Array, 'S T']], ...] = ()
+
+
 class Report(NamedTuple):
   """State of a filter that explains itself: scalars of its last update.
 

@@ -29,6 +29,7 @@ from jax_rlvr import (
   policy,
   prng,
   rollout,
+  samples,
   sft,
   storage,
 )
@@ -350,6 +351,7 @@ def update_of(setup: Setup):
     own=layouts.own_shards(mesh),
     place_own=functools.partial(layouts.place_own_rows, mesh),
     on_policy=c.oversample == 1,
+    shown=samples.rows(c.sequences, c.inner_steps),
   )
 
 

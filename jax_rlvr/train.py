@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import signal
 import sys
 import time
@@ -27,6 +26,7 @@ from jax_rlvr import (
   metrics,
   prng,
   rollout,
+  samples,
   storage,
 )
 from jax_rlvr.actor import Interrupted
@@ -34,6 +34,7 @@ from jax_rlvr.analysis import covariance, entropy_law
 from jax_rlvr.checkpoint import Checkpoints
 from jax_rlvr.config import ConfigError
 from jax_rlvr.policy import PolicyConfig
+from jax_rlvr.policy_gradient import tracked_names
 from jax_rlvr.prng import Stream
 from jax_rlvr.records import Rollout, TrainState
 from jax_rlvr.sampling import Progress
@@ -67,7 +68,7 @@ def train(
   """
   c, actor = setup.config, setup.actor
   update = update_of(setup)
-  first = int(state.step)
+  first, filters = int(state.step), tracked_names(state.filters)
   with (
     metrics.Log(
       workdir, step=first, evaluated=bool(checkpoints.steps()), wandb=c.wandb
@@ -80,11 +81,14 @@ def train(
     evaluated = functools.partial(
       _evaluate, setup, workdir, scorers, log, watch
     )
-    late = []  # rows: written while the next update runs
+    late = []  # of a step: written while the next update runs
 
     def settle():
-      while late:
-        log.step(*late.pop())
+      for step, scalars, shown in late:
+        log.step(step, scalars)
+        if hosts.is_leader():
+          samples.write(workdir, step, *shown)
+      late.clear()
 
     def is_due(step, every):
       return step in (0, c.steps) or step % every == 0
@@ -106,19 +110,19 @@ def train(
           rollouts,
           advantages,
           c.sequence_tokens,
-          rows=c.prompts_per_step * c.group_size,
+          rows=c.sequences,
           step=step if c.oversample > 1 else None,
         )
         started = time.perf_counter()
-        state, inner = update(state, tokens, key)
+        state, inner, seen = update(state, tokens, key)
         settle()
-        if hosts.is_leader():
-          _write_rollouts(workdir, step + 1, rollouts, advantages)
-        measured |= metrics.reduce(jax.device_get(inner))
+        inner, seen = jax.device_get((inner, seen))
+        shown = samples.chosen(rollouts, advantages, c.sequences, c.inner_steps)
+        measured |= metrics.reduce(inner)
         measured |= covariance.of_rollouts(rollouts, advantages)
         measured |= _speed(actor.policy, rollouts, started, measured)
         state = state._replace(step=np.int32(step + 1))
-        late.append((step + 1, measured))
+        late.append((step + 1, measured, (shown, seen, filters)))
 
         bars.update(bar, advance=1, note=_note(measured))
         if (step + 1) % max(1, c.steps // 10) == 0:
@@ -220,37 +224,6 @@ def _note(measured) -> str:
     f'entropy {measured["entropy/token_mean"]:.3f}  '
     f'{measured["time/rollout_tokens_per_s"]:.0f} tokens/s'
   )
-
-
-def _write_rollouts(
-  workdir: storage.Path,
-  step: int,
-  rollouts: Sequence[Rollout],
-  advantages: np.ndarray,
-) -> None:
-  """A sample of a step's completions, one JSON object a line."""
-  folder = workdir / 'rollouts'
-  folder.mkdir(exist_ok=True)
-  with (folder / f'{step:06d}.jsonl').open('w') as file:
-    for i in range(0, len(rollouts), max(1, len(rollouts) // 16)):
-      r = rollouts[i]
-      row = {
-        'task': r.prompt.task,
-        'prompt': r.prompt.id,
-        'completion': r.completion.text,
-        'truncated': r.completion.truncated,
-        'reward': r.reward,
-        'parts': dict(r.parts),
-        'advantage': float(advantages.flat[i]),
-        'ids': r.ids.tolist(),
-        'logprob': _rounded(r.logprob),
-        'entropy': _rounded(r.entropy),
-      }
-      file.write(json.dumps(row) + '\n')
-
-
-def _rounded(nats: np.ndarray) -> list[float]:
-  return [round(float(x), 4) for x in nats]
 
 
 class _Stop:

@@ -15,14 +15,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jax_rlvr import evidence
 from jax_rlvr import mesh as layouts
 from jax_rlvr.packing import pack
 from jax_rlvr.policy import PolicyConfig, Remat, attention, cast
-from jax_rlvr.policy_gradient import token_gradients
-from jax_rlvr.records import Rows, Tokens, TokenStats, Tracked, TrainState
+from jax_rlvr.policy_gradient import watched_gradients
+from jax_rlvr.records import (
+  Rows,
+  Shown,
+  Tokens,
+  TokenStats,
+  Tracked,
+  TrainState,
+)
 from jax_rlvr.token_stats import token_stats
 
 Measured = list[dict[str, jax.Array]]
@@ -48,11 +56,15 @@ def make_update(
   own: Sequence[int] | None = None,
   place_own: Callable[[Any], Any] | None = None,
   on_policy: bool = True,
-) -> Callable[[TrainState, Tokens, jax.Array], tuple[TrainState, Measured]]:
-  """Builds `update(state, tokens, key) -> (state, measured)`.
+  shown: Sequence[int] = (),
+) -> Callable[
+  [TrainState, Tokens, jax.Array], tuple[TrainState, Measured, list[Shown]]
+]:
+  """Builds `update(state, tokens, key) -> (state, measured, seen)`.
 
   Tokens are host arrays. Params and optimizer state are donated.
-  `measured` has one dict of scalars an inner step, still on the device.
+  `measured` has one dict of scalars an inner step, and `seen` the tokens'
+  numbers of some sequences, still on the device.
 
   Args:
     policy: shape of the policy.
@@ -76,6 +88,7 @@ def make_update(
     place_own: as `place`, of their rows alone; `place` if None.
     on_policy: all tokens were drawn with the weights that the first inner step
       begins with, so that it takes the sampler's own numbers.
+    shown: which sequences of each inner batch are in `seen`.
 
   Raises:
     ValueError: prompts are to be shared, and the backend cannot.
@@ -87,32 +100,34 @@ def make_update(
   inner_step = make_inner_step(
     policy, filters, optimizer, microbatch_rows=microbatch_rows,
     temperature=temperature, remat=remat, dtype=dtype, extras=extras,
-    shards=shards, backend=backend, on_policy=on_policy,
+    shards=shards, backend=backend, on_policy=on_policy, shown=shown,
   )  # fmt: skip
 
   def update(
     state: TrainState, tokens: Tokens, key: jax.Array
-  ) -> tuple[TrainState, Measured]:
+  ) -> tuple[TrainState, Measured, list[Shown]]:
     sequences = tokens.mask.shape[0] // inner_steps
     params, opt_state, filter_state = (
       state.params, state.optimizer, state.filters,
     )  # fmt: skip
     measured: Measured = []
+    seen: list[Shown] = []
     for i in range(inner_steps):
       inner = slice(i * sequences, (i + 1) * sequences)
       part = jax.tree.map(operator.itemgetter(inner), tokens)
       packed = (place_own or place)(
         pack(part, row_tokens, rows, shards, share_prompts, own)
       )
-      params, opt_state, filter_state, scalars = inner_step(
+      params, opt_state, filter_state, scalars, some = inner_step(
         params, opt_state, filter_state, place(part), packed,
         jax.random.fold_in(key, i), state.reference, i == 0,
       )  # fmt: skip
       measured.append(scalars)
+      seen.append(some)
     state = state._replace(
       params=params, optimizer=opt_state, filters=filter_state
     )
-    return state, measured
+    return state, measured, seen
 
   return update
 
@@ -130,12 +145,13 @@ def make_inner_step(
   shards: int = 1,
   backend: attention.Backend = attention.XLA,
   on_policy: bool = True,
+  shown: Sequence[int] = (),
 ):
   """Builds the jitted inner step of `make_update`, where args are described.
 
   `inner_step(params, opt_state, filter_state, tokens, rows, key, reference,
-  first) -> (params, opt_state, filter_state, scalars)` takes an inner batch
-  both as Tokens and packed. Params and optimizer state are donated;
+  first) -> (params, opt_state, filter_state, scalars, shown)` takes an inner
+  batch both as Tokens and packed. Params and optimizer state are donated;
   `reference` are the params of the reference policy, or None; `first`, whether
   the weights are those that sampled, is static.
   """
@@ -154,7 +170,7 @@ def make_inner_step(
     return _inner_step(
       stats_of, filters, optimizer, microbatch_rows, dtype, tuple(extras),
       shards, params, opt_state, filter_state, tokens, packed, key, reference,
-      first, first and on_policy,
+      first, first and on_policy, tuple(shown),
     )  # fmt: skip
 
   return inner_step
@@ -163,7 +179,7 @@ def make_inner_step(
 def _inner_step(
   stats_of, filters, optimizer, microbatch_rows, dtype, extras, shards,
   params, opt_state, filter_state, tokens, packed, key, reference, first,
-  on_policy,
+  on_policy, shown,
 ):  # fmt: skip
   shape = tokens.mask.shape
   if reference is not None:
@@ -207,14 +223,18 @@ def _inner_step(
     stats = stats._replace(
       logprob=tokens.old_logprob, entropy=tokens.old_entropy
     )
-  token_grads, next_filter_state = token_gradients(
+  token_grads, next_filter_state, links = watched_gradients(
     filters, stats, tokens, key=key, state=filter_state
   )
   touched = jnp.any(_touched(token_grads))
   measured = evidence.summary(stats, tokens) | _reports(next_filter_state)
-  grads, gap = pullback(
-    layouts.after(_with_gradient(token_grads), touched, *measured.values())
+  cov = evidence.covariance(stats, tokens)
+  seen = _of_rows(
+    Shown(stats.logprob, stats.entropy, cov, token_grads.logprob, links), shown
   )
+  # What there is to sum over devices before the weights' gradients.
+  sums = touched, jnp.sum(seen.logprob), *measured.values()
+  grads, gap = pullback(layouts.after(_with_gradient(token_grads), *sums))
   grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
   grad_norm = optax.tree.norm(grads)
   good = touched & jnp.isfinite(grad_norm)
@@ -239,7 +259,14 @@ def _inner_step(
   state = jax.lax.cond(
     good, step, lambda *state: state, params, opt_state, filter_state
   )
-  return *state, measured
+  return *state, measured, seen
+
+
+def _of_rows(seen: Shown, rows: tuple[int, ...]) -> Shown:
+  """Of those rows, [S, T], on every device: one collective for all of them."""
+  arrays, tree = jax.tree.flatten(seen)
+  few = jnp.stack(arrays)[:, np.array(rows, np.int32)]
+  return jax.tree.unflatten(tree, layouts.laid(few, layouts.WHOLE))
 
 
 def _sampler(tokens: Tokens) -> jax.Array:

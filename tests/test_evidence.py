@@ -139,7 +139,9 @@ def test_covariance_of_minus_infinity_leaves_the_others_finite():
 # summary
 
 SHARES = 2e-4, 2e-3, 2e-2, 0.2, 0.5
+PERCENTS = 1, 5, 25, 50, 75, 95, 99
 NAMES = {
+  *(f'covariance/p{percent:02}' for percent in PERCENTS),
   'ratio/max',
   'kl/old',
   'covariance/mean',
@@ -172,6 +174,7 @@ def test_summary_by_hand():
     # Deviations (1, 1) and (−1, −1): both 1. Each share is at least a token.
     'covariance/mean': 1.0,
     **{f'covariance/top_{share:g}': 1.0 for share in SHARES},
+    **{f'covariance/p{percent:02}': 1.0 for percent in PERCENTS},
     # 1 + 2p.
     'entropy/p50': 2.0,
     'entropy/p80': 2.6,
@@ -198,6 +201,8 @@ def test_summary_equals_a_sort_of_thousands_of_tokens():
   for share in SHARES:
     top = ranked[: max(int(share * mask.sum()), 1)]
     expected[f'covariance/top_{share:g}'] = top.mean()
+  for percent in PERCENTS:
+    expected[f'covariance/p{percent:02}'] = np.quantile(ranked, percent / 100)
   for percent in (50, 80, 95):
     expected[f'entropy/p{percent}'] = np.quantile(
       stats.entropy[mask], percent / 100
@@ -207,7 +212,7 @@ def test_summary_equals_a_sort_of_thousands_of_tokens():
     np.testing.assert_allclose(found[name], value, rtol=2e-5, err_msg=name)
     assert found[name].shape == () and found[name].dtype == jnp.float32
   # Control: each share is another number, and so is each percentile.
-  assert len({round(float(value), 3) for value in found.values()}) == 11
+  assert len({round(float(value), 3) for value in found.values()}) == 18
 
 
 def test_summary_of_an_unmoved_policy_has_ratio_one_and_no_kl():
@@ -257,7 +262,7 @@ def test_summary_on_eight_devices_equals_one_and_gathers_nothing(kind):
     assert costly not in text, costly
   reduced = re.findall(r'= (\S+) all-reduce', text)
   sizes = {int(n or 1) for n in re.findall(r'\[(\d*)\]', ' '.join(reduced))}
-  assert reduced and sizes <= {1, 3, 5}
+  assert reduced and sizes <= {1, 3, 5, 7}
 
 
 def test_summary_stays_finite_where_a_logprob_is_minus_infinity():

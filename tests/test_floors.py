@@ -16,10 +16,10 @@ FLOORS = {
     'tokenizer tokenizer_folder advantages config metrics policy_gradient '
     'evidence evaluation scores chips hlo pieces'
   ),
-  2: 'filters tasks policy checkpoint manifest stream',
+  2: 'filters tasks policy checkpoint manifest stream samples',
   3: 'token_stats sampling packing scoring reward_process',
   4: 'sft actor carried rollout update loaded analysis',
-  5: 'evaluate setup export lowered compiled plan watch',
+  5: 'evaluate setup export lowered compiled plan report watch',
   6: 'train',
 }
 FLOOR = {room: n for n, rooms in FLOORS.items() for room in rooms.split()}

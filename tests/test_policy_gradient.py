@@ -27,8 +27,10 @@ from jax_rlvr.policy_gradient import (
   as_loss,
   policy_gradient,
   token_gradients,
+  tracked_names,
+  watched_gradients,
 )
-from jax_rlvr.records import Tokens, TokenStats
+from jax_rlvr.records import Tokens, TokenStats, Tracked
 
 SHAPE = (4, 6)
 
@@ -403,3 +405,88 @@ def test_evidence_of_another_shape_is_refused():
   stats = TokenStats(jnp.zeros((2, 3)), jnp.zeros((2, 3)))
   with pytest.raises(AssertionError, match='shape'):
     token_gradients(optax.identity(), stats, tokens)
+
+
+# watched_gradients
+
+
+def double():
+  return stateless(lambda grads, *_: jax.tree.map(lambda g: 2 * g, grads))
+
+
+def test_watched_gradients_tell_what_each_filter_did():
+  stats = TokenStats(jnp.array([[-1.0, -0.5, -2.0]]), None)
+  tokens = Tokens(
+    mask=jnp.array([[True, True, True]]),
+    advantage=jnp.array([[1.0, 1.0, 2.0]]),
+    old_logprob=jnp.array([[-1.0, -1.0, -1.0]]),
+  )
+  chain = optax.chain(
+    tracked('clip', clip_ratio()), tracked('double', double()), token_mean()
+  )
+  grads, state, links = watched_gradients(chain, stats, tokens)
+  # Ratios 1, e^.5 > 1.2 and e⁻¹; the last advantage is 2.
+  assert tracked_names(state) == ['clip', 'double']
+  (came, clipped), (again, doubled) = links
+  np.testing.assert_allclose(came, [[-1.0, -1.6487213, -0.7357589]], rtol=1e-6)
+  np.testing.assert_allclose(clipped, [[-1.0, 0.0, -0.7357589]], rtol=1e-6)
+  np.testing.assert_array_equal(again, clipped)
+  np.testing.assert_array_equal(doubled, 2 * clipped)
+  np.testing.assert_allclose(grads.logprob, doubled / 3, rtol=1e-6)
+
+
+def every_second(tx):
+  return optax.conditionally_transform(
+    tx, lambda step, **_: step % 2 == 0, forward_extra_args=True
+  )
+
+
+WATCHED = {
+  'nested': lambda: tracked('all', optax.chain(tracked('clip', clip_ratio()))),
+  'sometimes': lambda: every_second(tracked('clip', clip_ratio())),
+  'microbatches': lambda: per_microbatch(tracked('clip', clip_ratio()), 2),
+  'both': lambda: per_microbatch(
+    every_second(tracked('clip', clip_ratio())), rows=2
+  ),
+  'injected': lambda: tracked(
+    'clip', optax.inject_hyperparams(clip_ratio)(low=0.1, high=0.1)
+  ),
+}
+
+
+@pytest.mark.parametrize('name', WATCHED)
+def test_watching_changes_neither_gradients_nor_states(name):
+  chain = optax.chain(WATCHED[name](), token_mean())
+  batch = _batch()
+
+  @jax.jit
+  def both(state):
+    seen = watched_gradients(chain, *batch, state=state)
+    return token_gradients(chain, *batch, state=state), seen
+
+  state = chain.init(batch[0])
+  for call in range(2):
+    (grads, after), (same, state, links) = both(state)
+    jax.tree.map(np.testing.assert_array_equal, (same, state), (grads, after))
+    start = policy_gradient(*batch).logprob
+    # Where a filter does not run, it does nothing.
+    idle = name in ('sometimes', 'both') and call == 1
+    for came, left in links:
+      np.testing.assert_allclose(came, 0 * start if idle else start, rtol=1e-6)
+      assert (np.asarray(left) != came).any() == (not idle)
+  assert tracked_names(state) == (
+    ['all', 'clip'] if name == 'nested' else ['clip']
+  )
+
+
+def test_a_state_that_only_looks_tracked_is_left_alone():
+  # Of a filter of one's own: it has no `…/kept`.
+  def update_fn(grads, state, stats, *, tokens, **_):
+    return grads, state._replace(report={'mean': jnp.mean(stats.logprob)})
+
+  own = optax.GradientTransformationExtraArgs(
+    lambda _: Tracked((), {'mean': jnp.zeros(())}), update_fn
+  )
+  _, state, links = watched_gradients(own, *_batch())
+  assert links == () and tracked_names(state) == []
+  assert state.report['mean'] < 0

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from jax_rlvr import metrics
+from jax_rlvr import metrics, samples
 from tests.chaos.harness import ENVIRONMENT, ROOT
 
 # A quickstart shrunk to one-digit sums: a minute on two cores.
@@ -69,8 +69,15 @@ def test_run_directory_holds_what_practitioners_expect(straight):
   assert [row['step'] for row in evaluations] == [0, 10, 20, 30]
   for measure in ('avg@8', 'pass@1', 'pass@8', 'maj@8'):
     assert f'eval/addition/{measure}' in evaluations[0]
-  samples = (workdir / 'rollouts' / '000030.jsonl').read_text().splitlines()
-  assert {'prompt', 'completion', 'reward'} <= set(json.loads(samples[0]))
+  assert samples.steps(workdir) == list(range(1, 31))
+  for row in samples.read(workdir, 30):
+    assert row['question'] == f'{row["prompt"]}='
+    # One update a step: the weights are those that sampled.
+    assert row['current_logprob'] == row['logprob']
+    assert list(row['filters']) == ['clip_ratio', 'clip_cov']
+    clipped = {t for t, *_ in row['filters']['clip_cov']}
+    for t, gradient in enumerate(row['gradient']):
+      assert (gradient == 0) == (t in clipped or row['advantage'] == 0)
   assert 'prompts per step' in shown and 'held out, after 0 steps' in shown
   assert f'next: python -m jax_rlvr.evaluate --workdir {workdir}' in shown
 
@@ -98,6 +105,13 @@ def test_watch_shows_the_run(straight):
   assert 'held out, after 30 steps' in run(workdir, module='watch').stdout
   missing = run(workdir / 'no', module='watch', check=2)
   assert missing.stderr.count('\n') == 1
+
+
+def test_report_shows_the_run(straight, tmp_path):
+  workdir, _ = straight
+  out = tmp_path / 'report.html'
+  done = run(workdir, '--out', out, module='report', check=0)
+  assert done.stdout.startswith(f'{out}: 0.') and out.stat().st_size > 50_000
 
 
 def test_evaluate_restores_the_run_by_its_manifest(straight, tmp_path):

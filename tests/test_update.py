@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 
 from jax_rlvr import mesh as layouts
 from jax_rlvr import policy, update
+from jax_rlvr.evidence import covariance
 from jax_rlvr.filters import (
   clip_cov,
   clip_ratio,
@@ -20,7 +22,7 @@ from jax_rlvr.filters import (
 )
 from jax_rlvr.packing import padded
 from jax_rlvr.policy_gradient import as_loss
-from jax_rlvr.records import Rows, TokenStats, Tracked, TrainState
+from jax_rlvr.records import Rows, Shown, TokenStats, Tracked, TrainState
 from jax_rlvr.token_stats import token_stats
 from tests.test_packing import CONFIG, batch
 
@@ -84,7 +86,7 @@ def flat(params):
   )
 
 
-def moved(
+def updated(
   filters,
   *,
   row_tokens=T,
@@ -94,7 +96,7 @@ def moved(
   reference=None,
   **settings,
 ):
-  """What two inner steps of rate 1 take from the params, and the scalars."""
+  """What an update of two inner steps of rate 1 returns."""
   place = jax.device_put
   if mesh is not None:
     place = functools.partial(layouts.place_rows, mesh)
@@ -111,7 +113,12 @@ def moved(
     **settings,
   )
   state = start(filters, optax.sgd(1.0), mesh)._replace(reference=reference)
-  state, measured = run(state, tokens or evidence(), jax.random.key(9))
+  return run(state, tokens or evidence(), jax.random.key(9))
+
+
+def moved(filters, **settings):
+  """What it takes from the params, and the scalars."""
+  state, measured, _ = updated(filters, **settings)
   return flat(PARAMS) - flat(state.params), jax.device_get(measured)
 
 
@@ -207,6 +214,74 @@ def test_mismatch_is_where_sampler_and_trainer_disagree(microbatch_rows):
   assert not any(name.startswith('mismatch') for name in second)
 
 
+def shown(**settings):
+  """Of three sequences of each inner batch, and what the params moved."""
+  state, _, seen = updated(COV, shown=(1, 2, 7), **settings)
+  return flat(PARAMS) - flat(state.params), jax.device_get(seen)
+
+
+def test_shown_tokens_are_those_that_the_filters_saw(whole):
+  delta, (first, second) = shown()
+  # To be looked at changes nothing.
+  np.testing.assert_allclose(delta, whole[0], rtol=0, atol=1e-6)
+  tokens = evidence()
+  rows = [1, 2, 7]
+  mask = tokens.mask[rows]
+  np.testing.assert_array_equal(first.logprob, tokens.old_logprob[rows])
+  np.testing.assert_array_equal(first.entropy, tokens.old_entropy[rows])
+  ((came, left),) = first.filters
+  # On-policy, ratio 1.
+  np.testing.assert_array_equal(came, -tokens.advantage[rows])
+  clipped = (came != 0) & (left == 0)
+  assert 0 < clipped.sum() < mask.sum()
+  # Divided by the tokens of the inner batch alone.
+  n = tokens.mask[:8].sum()
+  np.testing.assert_allclose(first.gradient, left / n, rtol=1e-6)
+  inner = jax.tree.map(lambda x: x[:8], tokens)
+  stats = TokenStats(inner.old_logprob, inner.old_entropy)
+  np.testing.assert_allclose(
+    first.covariance, covariance(stats, inner)[np.array(rows)], atol=1e-6
+  )
+  # The second inner step shows the other half, after the weights moved.
+  later = [9, 10, 15]
+  gap = second.logprob - tokens.old_logprob[later]
+  assert np.abs(gap[tokens.mask[later]]).max() > 0.01
+  assert not gap[~tokens.mask[later]].any()
+
+
+@pytest.mark.parametrize(
+  'cut',
+  [
+    {'row_tokens': 40, 'microbatch_rows': 2},
+    {'microbatch_rows': 4, 'mesh': True},
+  ],
+)
+def test_shown_tokens_do_not_depend_on_the_cut(cut):
+  if 'mesh' in cut:
+    cut = cut | {'mesh': layouts.make()}
+  _, expected = shown()
+  _, found = shown(**cut)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5),
+    found,
+    expected,
+  )
+
+
+def test_shown_tokens_cost_one_collective():
+  mesh = layouts.make()
+  rows = jax.sharding.NamedSharding(mesh, layouts.ROWS)
+  x = jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=rows)
+  program = jax.jit(lambda seen: update._of_rows(seen, (0, 5, 11)))
+  text = program.lower(Shown(x, x, x, x, ((x, x),))).compile().as_text()
+  moved = re.findall(
+    r'= (\S+) (all-reduce|all-gather|all-to-all|collective-permute)\(', text
+  )
+  # Three rows of six arrays, and nothing of the others.
+  ((shape, kind),) = moved
+  assert shape.startswith('f32[6,3,8]') and kind == 'all-reduce'
+
+
 def test_filters_report_their_shares(plain, whole):
   # Group 1 has no gradient to keep; on-policy nothing is clipped.
   assert plain[1][0]['filters/clip_ratio/kept'] == 1
@@ -235,7 +310,7 @@ def adam():
     microbatch_rows=4,
     temperature=TEMPERATURE,
   )
-  state, measured = run(start(PPO, ADAM), evidence(), jax.random.key(0))
+  state, measured, _ = run(start(PPO, ADAM), evidence(), jax.random.key(0))
   assert measured[0]['update/skipped'] == 0
   return run, jax.device_get(state)
 
@@ -250,7 +325,7 @@ def test_batch_without_a_usable_gradient_changes_nothing(adam, value):
     b, t = np.argwhere(evidence().mask)[-1]
     advantage[b, t] = value
   state = jax.tree.map(jnp.array, before)
-  after, measured = run(
+  after, measured, _ = run(
     state, evidence()._replace(advantage=advantage), jax.random.key(1)
   )
   assert measured[0]['update/skipped'] == 1
@@ -286,7 +361,7 @@ def test_other_contents_compile_nothing_anew(caplog):
   for contents in (tokens, other, other._replace(mask=~other.mask & False)):
     caplog.clear()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-      state, _ = run(state, contents, jax.random.key(len(compiled)))
+      state, _, _ = run(state, contents, jax.random.key(len(compiled)))
     compiled.append(
       sum('Compiling jit(inner_step)' in r.message for r in caplog.records)
     )
@@ -349,7 +424,7 @@ def test_weights_and_moments_stay_float32():
     CONFIG, PPO, ADAM, inner_steps=1, row_tokens=T, rows=B, microbatch_rows=4,
     temperature=TEMPERATURE, dtype=jnp.bfloat16,
   )  # fmt: skip
-  state, _ = run(start(PPO, ADAM), evidence(), jax.random.key(0))
+  state, _, _ = run(start(PPO, ADAM), evidence(), jax.random.key(0))
   for x in jax.tree.leaves((state.params, state.optimizer)):
     assert x.dtype in (jnp.float32, jnp.int32)
 

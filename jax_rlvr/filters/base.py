@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from jax_rlvr import masked
-from jax_rlvr.records import Report, Tokens, TokenStats, Tracked
+from jax_rlvr.records import Report, Tokens, TokenStats, Tracked, Watched
 
 EMPTY = optax.EmptyState()
 Filter = optax.GradientTransformationExtraArgs
@@ -109,9 +109,15 @@ def tracked(name: str, tx: optax.GradientTransformation) -> Filter:
     shares = {f'{name}/kept': one, f'{name}/mass': one}
     return Tracked(inner, shares | _reported(name, inner))
 
-  def update_fn(updates, state, params=None, **extra):
-    new, inner = tx.update(updates, state.inner, params, **extra)
-    return new, Tracked(inner, report(updates, new, inner))
+  def update_fn(updates: Any, state, params=None, **extra):
+    watched = isinstance(state, Watched)
+    before = (state.tracked if watched else state).inner
+    result: Any = tx.update(updates, before, params, **extra)
+    new, inner = result
+    after = Tracked(inner, report(updates, new, inner))
+    if watched:
+      return new, Watched(after, updates.logprob, new.logprob)
+    return new, after
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -163,8 +169,10 @@ def per_microbatch(tx: optax.GradientTransformation, rows: int) -> Filter:
         lambda x: x.reshape(batch // rows, rows, *x.shape[1:]), tree
       )
 
+    part = _first_rows(state, rows)
+
     def one(updates, params, tokens, key):
-      return tx.update(updates, state, params, tokens=tokens, key=key, **extra)
+      return tx.update(updates, part, params, tokens=tokens, key=key, **extra)
 
     keys = None if key is None else jax.random.split(key, batch // rows)
     grads, states = jax.vmap(one)(cut(updates), cut(params), cut(tokens), keys)
@@ -175,18 +183,33 @@ def per_microbatch(tx: optax.GradientTransformation, rows: int) -> Filter:
   return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
+def _first_rows(state: Any, rows: int) -> Any:
+  """A state as a chain over so many rows has it."""
+
+  def cut(node: Any) -> Any:
+    if isinstance(node, Watched):
+      inner = _first_rows(node.tracked, rows)
+      return Watched(inner, node.came[:rows], node.left[:rows])
+    return node
+
+  return jax.tree.map(cut, state, is_leaf=lambda x: isinstance(x, Watched))
+
+
 def _joined(states: Any) -> Any:
   """The states of the microbatches as one."""
 
   def mean(tree):
     return jax.tree.map(lambda x: x.mean(0), tree)
 
-  def join(node):
+  def join(node: Any) -> Any:
     if isinstance(node, Report):
       return mean(node)
     if isinstance(node, Tracked):
       return Tracked(_joined(node.inner), mean(node.report))
+    if isinstance(node, Watched):
+      came, left = (x.reshape(-1, x.shape[-1]) for x in node[1:])
+      return Watched(join(node.tracked), came, left)
     return node[0]
 
-  kinds = Report, Tracked
+  kinds = Report, Tracked, Watched
   return jax.tree.map(join, states, is_leaf=lambda x: isinstance(x, kinds))

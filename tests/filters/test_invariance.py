@@ -340,7 +340,7 @@ def runner(cut, filters=CHAIN):
     state = TrainState(zero, zero, params, STILL.init(params), fresh(chain))
     packing = pack if cut.row_tokens else alone
     with mock.patch.object(update, 'pack', packing):
-      state, measured = run(state, tokens, KEY)
+      state, measured, _ = run(state, tokens, KEY)
     weights, _ = jax.device_get(state.optimizer)
     _, grads = jax.device_get(state.filters)
     return Outcome(

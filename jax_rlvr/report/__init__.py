@@ -1,0 +1,1 @@
+"""A report of runs in one file: `python -m jax_rlvr.report`."""
