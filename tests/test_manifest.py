@@ -143,7 +143,7 @@ def plain(prompt, completion):
     Holder,
     policy.PolicyConfig,
   ],
-  ids=lambda value: repr(value)[:40],
+  ids=lambda value: getattr(value, '__name__', repr(value))[:40],
 )
 def test_task_of_anything_comes_back_equal(value):
   task = Holder(value)
