@@ -3,9 +3,8 @@
 Reproduces: `The Entropy Mechanism <https://arxiv.org/abs/2505.22617>`_, 2025,
 §4.3, the row 'w. KL-Cov' of Table 2 for 32B.
 
-Hardware: 64 v5p chips, or 128 v6e with
-`:slots=512,remat=full`; by arithmetic and, of the update on
-v6e, the plan in docs/pods.md, as no run of this size has been made here.
+Hardware: 64 v5p chips, or 128 v6e with `:slots=512,remat=full`; by the plans of
+docs/pods.md, as no run of this size has been made here.
 
   python -m jax_rlvr.train --config configs/qwen2_5_32b_kl_cov.py \
     --workdir runs/qwen2_5_32b_kl_cov

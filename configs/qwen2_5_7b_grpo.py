@@ -4,9 +4,8 @@ Reproduces: `The Entropy Mechanism <https://arxiv.org/abs/2505.22617>`_, 2025,
 §4.3, the row 'GRPO' of Table 2: the base model on DAPO-Math-17k, 256 prompts of
 8 completions a step, 8 updates a step, groups of equal rewards replaced.
 
-Hardware: 16 v5p chips, or 32 v6e with
-`:sampling_tensor=2,slots=512`; by the plans of
-docs/pods.md, as no run of this size has been made here.
+Hardware: 16 v5p chips, or 32 v6e with `:sampling_tensor=2,slots=512`;
+by the plans of docs/pods.md, as no run of this size has been made here.
 
   python -m jax_rlvr.train --config configs/qwen2_5_7b_grpo.py \
     --workdir runs/qwen2_5_7b_grpo

@@ -4,8 +4,7 @@ Reproduces: `The Entropy Mechanism <https://arxiv.org/abs/2505.22617>`_, 2025,
 §4.3, the row 'w. KL-Cov' of Table 2: configs/qwen2_5_7b_grpo.py with another
 chain of filters.
 
-Hardware: 16 v5p chips, or 32 v6e with
-`:sampling_tensor=2,slots=512`.
+Hardware: 16 v5p chips, or 32 v6e with `:sampling_tensor=2,slots=512`.
 
   python -m jax_rlvr.train --config configs/qwen2_5_7b_kl_cov.py \
     --workdir runs/qwen2_5_7b_kl_cov

@@ -3,10 +3,9 @@
 Reproduces: `Beyond the 80/20 Rule <https://arxiv.org/abs/2506.01939>`_, 2025,
 §5.2: configs/qwen3_8b_forking.py with a larger policy.
 
-Hardware: 64 v5p chips, or 128 v6e with
-`:slots=256,remat=full`; by arithmetic, as no run of this size
-has been made here. The base model is not public: give a folder of
-one by `:policy=`, or another model of that size.
+Hardware: 64 v5p chips, or 128 v6e with `:slots=256,remat=full`; by the plans of
+docs/pods.md, as no run of this size has been made here. The base model is not
+public: give a folder of one by `:policy=`, or another model of that size.
 
   python -m jax_rlvr.train --config configs/qwen3_32b_forking.py \
     --workdir runs/qwen3_32b_forking

@@ -81,31 +81,25 @@ says by how much; `.ci/check_plan.py` compiles three of the rows again.
 
 ## What holds them
 
-v6e has twice the FLOPs of v5p and links as fast. With the `tensor` that
-sampling wants, sums of activations and gathers that are waited for held its
-updates at 43 (7B), 31 (8B, which had the ring below, too) and 24 % (32B) of the
-peak. They run with `tensor=1` now, all chips
-being data shards, and `sampling_tensor` alone divides the weights to sample
-with. Of 8.5 s of Qwen2.5-7B the method needs 5.7; 1.2 are computed again (or
-masked, in attention's tiles), 1.5 traffic of HBM that takes longer than the
-products it belongs to. Gathers and sums of gradients take 2.7 s beside all
-this; for 0.04 s others are waited for. Of 52.7 s of Qwen3-8B the method needs
-34.0; 8.7 are computed again or masked, 8.8 are HBM, 1.1 are waited for.
+Updates have `tensor=1`: every chip is a data shard, weights are gathered a
+layer at a time beside the products, and no activations are summed over chips.
+With the `tensor` that sampling wants, those sums held Qwen2.5-7B at 59 % of the
+peak on v5p, and 7B, 8B and 32B at 43, 31 and 24 % on v6e, which has twice the
+FLOPs of v5p and links as fast. `sampling_tensor` alone divides the weights to
+sample with.
 
-Of Qwen2.5-32B and Qwen3-32B on 128 v6e with `tensor=1` the updates alone were
-planned, with chunks of the head as they were (below): 59.5 % of the peak in
-19.2 GiB (24 % with `tensor=8`), and 56 % in 30.1 of 31.2 GiB: no room to keep
-attention, and little for larger chunks. Over 128 chips gathers and sums are
-waited for that mostly go beside products over 32: 1.4 of 10.6 s, 3.7 of 61.2 s.
+What is left on v5p is recomputation. Of 31.5 s of Qwen2.5-7B the method needs
+22.8; 4.9 are computed again or masked in attention's tiles, 1.3 are traffic of
+HBM that takes longer than the products it belongs to, and for 2.6 s gathers and
+sums of gradients are waited for. On v6e HBM weighs more: of 8.5 s of Qwen2.5-7B
+the method needs 5.7; 1.2 are computed again, 1.5 are HBM, and the 2.7 s of
+gathers and sums go beside all this. Over 128 v6e they do not altogether: 1.4 of
+10.2 s and 3.2 of 59.5 s are waited for.
 
 `remat='attention'` keeps what the attention kernel made of each layer, so that
-it does not run again on the way back: where there is room for it. The head is
-multiplied with 1,024 tokens at a time; with 256, reading it and adding to its
-gradient took 0.9 s more of Qwen2.5-7B's update.
-
-On v5p the updates lie near 60 % of the peak: they were planned with the
-`tensor` of sampling for both, and its sums take most of what is not product. A
-fifth of what is computed is recomputation (`remat='full'`).
+it does not run again on the way back. 32B on v6e has no room for it and takes
+`remat='full'`. The head is multiplied with 1,024 tokens at a time; with 256,
+reading it and adding to its gradient took 0.9 s more of Qwen2.5-7B's update.
 
 Decoding, and with 20,480 tokens most of a step, is at 80 to 99 % of HBM's
 bandwidth. Weights are there twice while they are laid out anew to sample with:
@@ -114,7 +108,7 @@ that is what keeps 32B on v6e from fewer devices a copy.
 Weights go to all of `fsdp` before they are multiplied, not around a ring of
 partial products: `jax_rlvr/compilation.py` has the flag. With 16 data shards
 the ring had an update of 7B on v6e read and write 20 TB of HBM a chip, without
-it 9. On v5p with 4 shards it was 30 TB and is 24.
+it 9.
 
 ## What a roofline leaves out
 
