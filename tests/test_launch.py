@@ -370,19 +370,24 @@ def test_a_host_tells_how_its_trainer_ended(bench):
 
 
 def test_a_host_stops_its_trainer_softly_and_begins_one_only(bench):
+  ready = bench.folder / 'host' / 'ready'
   worker, until = host(
-    bench, 'trap "exit 75" TERM; while :; do sleep 0.1; done'
+    bench, 'trap "exit 75" TERM; touch ready; while :; do sleep 0.1; done'
   )
-  worker('start', *TRAINER)
+
+  def started():
+    worker('start', *TRAINER)
+    while not ready.exists():
+      time.sleep(0.05)
+    ready.unlink()
+
+  started()
   assert until('state=running')
   assert 'running' in worker('start', *TRAINER)
-  time.sleep(0.3)
   worker('stop')
   assert until('state=75')
   assert len(bench.calls) == 1
-  worker('start', *TRAINER)
-  assert until('state=running')
-  time.sleep(0.3)
+  started()
   worker('stop')
   assert until('state=75')
 
