@@ -180,7 +180,7 @@ host_states() {
 
 # Whether it runs; then nothing is to be changed under it.
 going() {
-  [ "$dry_run" = 0 ] && host_states 2> /dev/null | grep -qx state=running
+  [ "$dry_run" = 0 ] && host_states 2> /dev/null | grep -x state=running > /dev/null
 }
 
 up() {

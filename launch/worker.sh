@@ -34,7 +34,7 @@ install() {
 }
 
 running() {
-  [ -f "$pid" ] && ps -o args= -p "$(<"$pid")" | grep -q jax_rlvr.train
+  [ -f "$pid" ] && [[ $(ps -ww -o args= -p "$(<"$pid")") == *jax_rlvr.train* ]]
 }
 
 state() {

@@ -24,10 +24,13 @@ def made(step=3, mesh=None) -> TrainState:
   """A state of a few steps: counts, moments and reports are not what they
   were at the start."""
   params = policy.init(CONFIG.policy, jax.random.key(step))
+  _, optimizer = OPTIMIZER.update(params, OPTIMIZER.init(params))
   if mesh is not None:
+    # Only now: of many small programs that are under way at a time, XLA:CPU may
+    # hold back on one device what the others wait for, and all wait for good.
     params = layouts.place(mesh, params, layouts.TRAINING)
-  optimizer = OPTIMIZER.init(params)
-  _, optimizer = OPTIMIZER.update(params, optimizer)
+    shardings = layouts.state_shardings(mesh, optimizer, layouts.TRAINING)
+    optimizer = jax.device_put(optimizer, shardings)
   filters = FILTERS.init(TokenStats(*jnp.zeros((2, 1, 1))))
   filters = jax.tree.map(lambda x: x / 3, filters)
   return TrainState(
