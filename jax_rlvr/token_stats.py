@@ -18,8 +18,8 @@ from jax_rlvr.policy import PolicyConfig, attention
 from jax_rlvr.records import Rows, TokenStats
 
 # Logits of a chunk, 128 MiB a device; but a chunk of fewer tokens would spend
-# its time on reading the head and its gradient. One of a third as
-# many tokens as the policy is wide takes a third of what that gradient takes.
+# its time on reading the head and its gradient. One of a third as many tokens
+# as the policy is wide takes a third of what that gradient takes.
 CHUNK_LOGITS = 2**25
 LEAST_TOKENS = 256
 

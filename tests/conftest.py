@@ -19,8 +19,8 @@ os.environ['XLA_FLAGS'] = ' '.join(
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# One program at a time: two whose collectives wait for one another's threads
-# would wait for good, which XLA ends, and all tests with it, after a while.
+# Few programs at a time: many whose collectives wait for one another's threads
+# may wait for good, which XLA ends, and all tests with it, after a while.
 jax.config.update('jax_cpu_enable_async_dispatch', False)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
