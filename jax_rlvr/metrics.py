@@ -163,6 +163,18 @@ def read(file: storage.Path) -> list[dict[str, Any]]:
   return rows
 
 
+def logged(workdir: storage.Path) -> tuple[list[dict[str, Any]], ...]:
+  """Rows of a run's metrics.jsonl and eval.jsonl; none of a missing one."""
+  found = []
+  for name in ('metrics.jsonl', 'eval.jsonl'):
+    rows = []
+    # Not asked before it is read: a run that begins again replaces its files.
+    with contextlib.suppress(FileNotFoundError):
+      rows = read(workdir / name)
+    found.append(rows)
+  return tuple(found)
+
+
 def reduce(measured: Iterable[Mapping[str, Any]]) -> dict[str, float]:
   """One number per name from the dicts of a step's inner steps.
 

@@ -198,10 +198,7 @@ def _evaluate(setup, workdir, scorers, log, watch, state) -> dict[str, float]:
   step, took = int(state.step), {'time/eval_s': time.perf_counter() - started}
   law = {}
   if hosts.is_leader():
-    rows, evaluations = (
-      metrics.read(file) if file.exists() else []
-      for file in (workdir / 'metrics.jsonl', workdir / 'eval.jsonl')
-    )
+    rows, evaluations = metrics.logged(workdir)
     evaluations.append({'step': step} | measured)
     law = entropy_law.streamed(rows, evaluations, c.steps)
     evaluate.write(workdir / 'eval' / f'{step:06d}.jsonl', questions)

@@ -75,21 +75,14 @@ def read(run: storage.Path) -> Logs:
   Raises:
     NothingThere: there is no such directory, or no step in it yet.
   """
-
-  def log(name):
-    # A run that is begun again replaces its files.
-    with contextlib.suppress(FileNotFoundError):
-      return metrics.read(run / name)
-    return []
-
-  rows = log('metrics.jsonl')
+  rows, evaluations = metrics.logged(run)
   if not rows:
     missing = 'no step is logged yet' if run.exists() else 'no such folder'
     raise NothingThere(f'nothing to watch in {run}: {missing}')
   steps = None
   with contextlib.suppress(FileNotFoundError):
     steps = json.loads((run / 'manifest.json').read_text()).get('steps')
-  return Logs(rows, log('eval.jsonl'), steps)
+  return Logs(rows, evaluations, steps)
 
 
 def sparkline(values: Iterable[float], width: int = 24) -> str:

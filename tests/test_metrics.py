@@ -105,3 +105,9 @@ def test_log_goes_to_wandb_where_asked(tmp_path, monkeypatch):
   assert settings['project'] == 'papers' and settings['resume'] == 'allow'
   assert settings['id'] == settings['name'] == 'a_run'
   assert rest == [(1, {'x': 2.0}), 'finish']
+
+
+def test_a_log_that_is_not_there_yet_has_no_rows(tmp_path):
+  assert metrics.logged(tmp_path / 'no') == ([], [])
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
+  assert metrics.logged(tmp_path) == ([{'step': 1}], [])

@@ -294,19 +294,14 @@ def test_tokens_take_little_room(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'files, message',
-  [
-    ({}, 'holds no run: there is no metrics.jsonl'),
-    ({'metrics.jsonl': ''}, 'has no step yet'),
-  ],
+  'folder, message',
+  [('no', 'no such folder'), ('', 'no step is logged yet')],
 )
-def test_no_run_is_one_clear_line(tmp_path, capsys, files, message):
-  for name, text in files.items():
-    (tmp_path / name).write_text(text)
-  assert main([str(tmp_path), '--out', str(tmp_path / 'out.html')]) == 2
-  error = capsys.readouterr().err
-  assert message in error and error.count('\n') == 1
-  assert not (tmp_path / 'out.html').exists()
+def test_no_run_is_one_clear_line(tmp_path, capsys, folder, message):
+  run, out = tmp_path / folder, tmp_path / 'out.html'
+  assert main([str(run), '--out', str(out)]) == 2
+  assert capsys.readouterr().err == f'error: {run} holds no run: {message}\n'
+  assert not out.exists()
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

@@ -37,13 +37,10 @@ def read(workdir: storage.Path, max_tokens: int) -> dict[str, Any]:
   Raises:
     ConfigError: the directory holds no run, or one that has no step yet.
   """
-  if not (workdir / 'metrics.jsonl').exists():
-    raise ConfigError(f'{workdir} holds no run: there is no metrics.jsonl')
-  rows = metrics.read(workdir / 'metrics.jsonl')
+  rows, scores = metrics.logged(workdir)
   if not rows:
-    raise ConfigError(f'{workdir} has no step yet: metrics.jsonl is empty')
-  file = workdir / 'eval.jsonl'
-  scores = metrics.read(file) if file.exists() else []
+    missing = 'no step is logged yet' if workdir.exists() else 'no such folder'
+    raise ConfigError(f'{workdir} holds no run: {missing}')
   return {
     'name': workdir.name,
     'recipe': _recipe(workdir),
