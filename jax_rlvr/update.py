@@ -371,7 +371,9 @@ def _microbatches(wanted: jax.Array, microbatch_rows: int):
   Only rows that have anything wanted [shards, n, W]; n stands for no row.
   """
   wanted = jnp.any(wanted, axis=2)
-  each = max(microbatch_rows // wanted.shape[0], 1)
+  shards, rows = wanted.shape
+  # Never more than there are: what pads a microbatch goes through the policy.
+  each = min(max(microbatch_rows // shards, 1), rows)
   order, trips = jax.vmap(_first, (0, None))(wanted, each)
 
   def chosen(i):

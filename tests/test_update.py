@@ -377,6 +377,14 @@ def test_rows_without_gradient_cost_no_microbatch():
   assert trips == 0
 
 
+def test_microbatches_are_no_larger_than_the_batch():
+  wanted = jnp.ones((2, 3, 1), bool)
+  for room, each in ((1_000, 3), (4, 2), (1, 1)):
+    trips, chosen = update._microbatches(wanted, room)
+    assert chosen(0).shape == (2, each)
+    assert trips == -(-3 // each)
+
+
 def test_rows_of_zero_variance_groups_never_reach_the_policy():
   column = np.arange(6, dtype=np.int32)[:, None]
   rows = Rows(column, 0 * column, 0 * column, 0 * column, 0 * column, column)
