@@ -23,7 +23,7 @@ METHODS = {
 # 'again' is the batch's own way once more, from the same policy, with other
 # prompts and draws: what chance alone does.
 CUTS = '4', '16', 'again'
-LABELS = {'': 'whole batch', 'again': 'again'}
+LABELS = {'again': 'the whole batch again'}
 
 
 def entropy(run):
@@ -128,23 +128,27 @@ def figures():
   for column, (method, (title, *_)) in zip(
     axes.T, METHODS.items(), strict=True
   ):
-    for colour, cut in zip(colours, ('', *CUTS), strict=False):
+    ours = runs_of(found, method, '')
+    for colour, cut in zip(colours, CUTS, strict=False):
       runs = runs_of(found, method, cut)
+      if not runs:
+        continue
+      label = LABELS.get(cut, f'{cut} microbatches')
       for axis, field in zip(column, (ENTROPY, 'avg@8'), strict=True):
-        each = [run.at(field) for run in runs.values()]
-        for step, value in each:
-          axis.plot(step, value, color=colour, alpha=0.25, lw=0.8)
-        if each:
-          mean = np.mean([value for _, value in each], axis=0)
-          label = LABELS.get(cut, f'{cut} microbatches')
-          axis.plot(
-            each[0][0], mean, color=colour, label=f'{label} ({len(each)})'
-          )
-    column[0].set(title=title, yscale='log')
+        each = [
+          run.at(field)[1] - ours[s].at(field)[1] for s, run in runs.items()
+        ]
+        step, _ = ours[0].at(field)
+        for value in each:
+          axis.plot(step, value, color=colour, alpha=0.3, lw=0.8)
+        mean = np.mean(each, axis=0)
+        axis.plot(step, mean, color=colour, label=f'{label} ({len(each)})')
+        axis.axhline(0, color='black', lw=0.5)
+    column[0].set(title=title)
     column[1].set(xlabel='step')
     column[0].legend(fontsize='small')
-  axes[0, 0].set_ylabel('entropy of rollouts, nats')
-  axes[1, 0].set_ylabel('held-out avg@8')
+  axes[0, 0].set_ylabel('entropy − whole batch’s, nats')
+  axes[1, 0].set_ylabel('held-out avg@8 − whole batch’s')
   figure.savefig(HERE / 'curves.png', dpi=110)
 
 

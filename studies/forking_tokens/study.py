@@ -177,12 +177,18 @@ def figures():
           axis.plot(step, value, color=colours[name], alpha=0.25, lw=0.8)
         if each:
           mean = np.mean([value for _, value in each], axis=0)
-          axis.plot(each[0][0], mean, color=colours[name], label=label)
+          axis.plot(
+            each[0][0],
+            mean,
+            color=colours[name],
+            label=f'{label} ({len(each)})',
+          )
       counted = 'all tokens counted' if suffix else 'updated ones counted'
       axis.set(title=f'{title}\n{counted}', xlabel='step')
       if field == ENTROPY:
         axis.set_yscale('log')
-  axes[0, 1].legend()
+  for axis in axes[:, 2]:
+    axis.legend(loc='lower right', fontsize='x-small')
   save(figure, 'curves')
 
   figure, axes = plt.subplots(1, 4, figsize=(16, 3.8), layout='constrained')
