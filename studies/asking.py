@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from jax_rlvr.analysis import forking
 from jax_rlvr.records import Completion
 
 
@@ -34,3 +35,13 @@ def ask(policy, task, prompts, samples, max_new_tokens, **how):
     for prompt, group in zip(prompts, made, strict=True)
   ]
   return ids, made, np.array(rewards, float)
+
+
+def texts(ids, made) -> forking.Texts:
+  """Prompts [P] with their completions [P][G], one row each."""
+  pairs = [
+    (prompt, m.ids)
+    for prompt, group in zip(ids, made, strict=True)
+    for m in group
+  ]
+  return forking.texts(*zip(*pairs, strict=True))

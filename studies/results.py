@@ -20,12 +20,13 @@ import numpy as np
 from scipy import special
 
 from jax_rlvr import metrics
+from jax_rlvr.analysis.entropy_law import ENTROPY
 
 HERE = pathlib.Path(__file__).parent
 STEPS = (
   'step',
   'reward/mean',
-  'entropy/sequence_mean',
+  ENTROPY,
   'covariance/mean',
   'covariance/prompts',
 )
@@ -64,6 +65,11 @@ class Run:
   def last(self, field: str, count: int = 1) -> float:
     """Mean of the last so many, which one measurement is too noisy for."""
     return float(self.at(field)[1][-count:].mean())
+
+
+def entropy(run: Run) -> float:
+  """At the end, nats, of the rollouts of the last tenth of the steps."""
+  return run.last(ENTROPY, max(len(run.rows) // 10, 1))
 
 
 def read(study: str) -> dict[str, dict[int, Run]]:
@@ -122,6 +128,20 @@ def with_tables(text: str, tables: dict[str, str]) -> str:
       raise ValueError(f'no {start} … {end}')
     text = f'{head}{start}\n\n{lines}\n\n{end}{tail}'
   return text
+
+
+def draw(axis, step, seeds: Sequence[np.ndarray], colour, label: str) -> None:
+  """Seeds thin, their mean thick, and how many they are in the label."""
+  for value in seeds:
+    axis.plot(step, value, color=colour, alpha=0.3, lw=0.8)
+  mean = np.mean(seeds, axis=0)
+  axis.plot(step, mean, color=colour, label=f'{label} ({len(seeds)})')
+
+
+def draw_runs(axis, runs: dict[int, Run], field: str, colour, label) -> None:
+  """As `draw`, a field of runs by seed."""
+  steps, seeds = zip(*(run.at(field) for run in runs.values()), strict=True)
+  draw(axis, steps[0], seeds, colour, label)
 
 
 def present(

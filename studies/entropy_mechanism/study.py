@@ -9,7 +9,7 @@ import numpy as np
 
 from jax_rlvr.analysis import covariance, entropy_law
 from studies import results
-from studies.results import difference, shown, table
+from studies.results import difference, draw_runs, entropy, shown, table
 
 HERE = pathlib.Path(__file__).parent
 STUDY = 'entropy_mechanism'
@@ -65,11 +65,6 @@ KNOBS = {
     '1e-1': 'kl_1e-1',
   },
 }
-
-
-def entropy(run):
-  """At the end, nats, of the rollouts of the last tenth of the steps."""
-  return run.last(ENTROPY, max(len(run.rows) // 10, 1))
 
 
 def score(policy, which=0):
@@ -245,14 +240,6 @@ def figures():
     figure.savefig(HERE / f'{name}.png', dpi=110)
     plt.close(figure)
 
-  def curves(axis, runs, field, colour, label):
-    """Seeds thin, their mean thick."""
-    each = [run.at(field) for run in runs.values()]
-    for step, value in each:
-      axis.plot(step, value, color=colour, alpha=0.3, lw=0.8)
-    mean = np.mean([value for _, value in each], axis=0)
-    axis.plot(each[0][0], mean, color=colour, label=label)
-
   figure, axes = plt.subplots(2, 3, figsize=(12, 6.4), layout='constrained')
   for row, (policy, (single, several, _)) in zip(
     axes, SCORES.items(), strict=True
@@ -261,8 +248,7 @@ def figures():
     for axis, (field, title) in zip(row, fields.items(), strict=True):
       for name, title_of in NAMES.items():
         if runs := found.get(f'{policy}/{name}'):
-          label = f'{title_of} ({len(runs)})'
-          curves(axis, runs, field, colours[name], label)
+          draw_runs(axis, runs, field, colours[name], title_of)
       what = title or f'held-out {field}'
       axis.set(title=f'{policy}: {what}', xlabel='step')
       if field == ENTROPY:

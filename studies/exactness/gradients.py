@@ -23,13 +23,12 @@ from jax.flatten_util import ravel_pytree
 import jax_rlvr
 from jax_rlvr import config
 from jax_rlvr.advantages import group_norm
-from jax_rlvr.analysis import forking
 from jax_rlvr.filters import token_mean
 from jax_rlvr.packing import padded
 from jax_rlvr.policy_gradient import watched_gradients
 from jax_rlvr.records import Tokens
 from jax_rlvr.token_stats import token_stats
-from studies.asking import ask
+from studies import asking
 from studies.exactness.recipe import chain
 
 HERE = pathlib.Path(__file__).parent
@@ -55,18 +54,16 @@ def inner_batch(policy, c, seed):
   everything = task.prompts('train')
   asked = np.random.default_rng(seed).choice(len(everything), count, False)
   prompts = [everything[i] for i in asked]
-  ids, made, rewards = ask(
+  ids, made, rewards = asking.ask(
     policy, task, prompts, c.group_size, c.max_completion_tokens, seed=seed
   )
   lengths = np.array([[len(m.ids) for m in group] for group in made])
   advantage = group_norm(rewards, lengths > 0, lengths)
-  flat = [m for group in made for m in group]
-  texts = forking.texts(
-    [prompt for prompt in ids for _ in range(c.group_size)],
-    [m.ids for m in flat],
-  )
+  texts = asking.texts(ids, made)
   old = np.zeros(texts.ids.shape, np.float32)
-  old[texts.mask] = np.concatenate([m.logprobs for m in flat])
+  old[texts.mask] = np.concatenate(
+    [m.logprobs for group in made for m in group]
+  )
   each = np.where(texts.mask, advantage.reshape(-1, 1), 0).astype(np.float32)
   return padded(texts.ids, texts.mask), Tokens(texts.mask, each, old)
 

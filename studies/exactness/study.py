@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_rlvr.analysis.entropy_law import ENTROPY
 from studies import results
-from studies.results import difference, shown, table
+from studies.results import difference, draw, entropy, shown, table
 
 HERE = pathlib.Path(__file__).parent
 STUDY = 'exactness'
@@ -22,13 +22,8 @@ METHODS = {
 }
 # 'again' is the batch's own way once more, from the same policy, with other
 # prompts and draws: what chance alone does.
-CUTS = '4', '16', 'again'
+CUTS = '16', 'again'
 LABELS = {'again': 'the whole batch again'}
-
-
-def entropy(run):
-  """At the end, nats, of the rollouts of the last tenth of the steps."""
-  return run.last(ENTROPY, max(len(run.rows) // 10, 1))
 
 
 def score(run):
@@ -70,7 +65,7 @@ def gradients(policy):
 
 def runs_of(found, method, cut):
   suffix = cut and (f'_{cut}' if cut == 'again' else f'_microbatches_{cut}')
-  return found.get(f'quickstart/{method}{suffix}', {})
+  return found[f'quickstart/{method}{suffix}']
 
 
 def curves(found):
@@ -79,8 +74,7 @@ def curves(found):
   for method, (title, *_) in METHODS.items():
     ours = runs_of(found, method, '')
     for cut in '', *CUTS:
-      if not (runs := runs_of(found, method, cut)):
-        continue
+      runs = runs_of(found, method, cut)
       cells = [
         shown([f(run) for run in runs.values()]) for f in (entropy, score)
       ]
@@ -131,18 +125,13 @@ def figures():
     ours = runs_of(found, method, '')
     for colour, cut in zip(colours, CUTS, strict=False):
       runs = runs_of(found, method, cut)
-      if not runs:
-        continue
       label = LABELS.get(cut, f'{cut} microbatches')
       for axis, field in zip(column, (ENTROPY, 'avg@8'), strict=True):
         each = [
           run.at(field)[1] - ours[s].at(field)[1] for s, run in runs.items()
         ]
         step, _ = ours[0].at(field)
-        for value in each:
-          axis.plot(step, value, color=colour, alpha=0.3, lw=0.8)
-        mean = np.mean(each, axis=0)
-        axis.plot(step, mean, color=colour, label=f'{label} ({len(each)})')
+        draw(axis, step, each, colour, label)
         axis.axhline(0, color='black', lw=0.5)
     column[0].set(title=title)
     column[1].set(xlabel='step')

@@ -10,7 +10,14 @@ import numpy as np
 
 from jax_rlvr.analysis.entropy_law import ENTROPY
 from studies import results
-from studies.results import difference, interval, shown, table
+from studies.results import (
+  difference,
+  draw_runs,
+  entropy,
+  interval,
+  shown,
+  table,
+)
 
 HERE = pathlib.Path(__file__).parent
 STUDY = 'forking_tokens'
@@ -21,11 +28,6 @@ NAMES = {
   'top_10': 'top 10 %',
   'bottom_80': 'bottom 80 %',
 }
-
-
-def entropy(run):
-  """At the end, nats, of the rollouts of the last tenth of the steps."""
-  return run.last(ENTROPY, max(len(run.rows) // 10, 1))
 
 
 def single(run):
@@ -110,6 +112,17 @@ def where(files):
   return table(head, rows)
 
 
+def by_temperature(scores, which):
+  """Scores over seeds by the temperature of forks or others, the other 1."""
+  found = {}
+  for name in scores[0]:
+    low, high = map(float, name.split())
+    varied, other = (high, low) if which == 'forks' else (low, high)
+    if other == 1:
+      found[varied] = [each[name][0] for each in scores]
+  return dict(sorted(found.items()))
+
+
 def decoding(files):
   """Score against either temperature, the other being 1."""
   rows = []
@@ -120,13 +133,8 @@ def decoding(files):
     if not each:
       continue
     for which in 'forks', 'others':
-      cells = []
-      for name in each[0]:
-        low, high = name.split()
-        varied, other = (high, low) if which == 'forks' else (low, high)
-        if other == '1':
-          cells.append((float(varied), [scores[name][0] for scores in each]))
-      text = ', '.join(f'{t:g}: {shown(s)}' for t, s in sorted(cells))
+      cells = by_temperature(each, which).items()
+      text = ', '.join(f'{t:g}: {shown(scores)}' for t, scores in cells)
       title = f'{policy}, {NAMES.get(method, method)} ({len(each)})'
       rows.append([title if which == 'forks' else '', which, text])
   return table(['', 'temperature of', 'temperature: score'], rows)
@@ -170,19 +178,9 @@ def figures():
   for row, suffix in zip(axes, ('', '_all_counted'), strict=True):
     for axis, (field, title) in zip(row, fields.items(), strict=True):
       for name, label in NAMES.items():
-        where = name if name == 'all' else name + suffix
-        runs = found.get(f'quickstart/{where}', {})
-        each = [run.at(field) for run in runs.values()]
-        for step, value in each:
-          axis.plot(step, value, color=colours[name], alpha=0.25, lw=0.8)
-        if each:
-          mean = np.mean([value for _, value in each], axis=0)
-          axis.plot(
-            each[0][0],
-            mean,
-            color=colours[name],
-            label=f'{label} ({len(each)})',
-          )
+        named = name if name == 'all' else name + suffix
+        if runs := found.get(f'quickstart/{named}'):
+          draw_runs(axis, runs, field, colours[name], label)
       counted = 'all tokens counted' if suffix else 'updated ones counted'
       axis.set(title=f'{title}\n{counted}', xlabel='step')
       if field == ENTROPY:
@@ -212,18 +210,12 @@ def figures():
     scores = [r['decoding']['scores'] for r in runs.values() if 'decoding' in r]
     if scores:
       for which, style in ('forks', '-'), ('others', '--'):
-        at = {}
-        for name in scores[0]:
-          low, high = map(float, name.split())
-          varied, other = (high, low) if which == 'forks' else (low, high)
-          if other == 1:
-            at[varied] = interval([s[name][0] for s in scores])
-        x, y = sorted(at), [at[t][0] for t in sorted(at)]
-        half = np.nan_to_num([at[t][1] for t in sorted(at)])
+        at = by_temperature(scores, which)
+        y, half = zip(*map(interval, at.values()), strict=True)
         axes[3].errorbar(
-          x,
+          list(at),
           y,
-          half,
+          np.nan_to_num(half),
           ls=style,
           marker='.',
           capsize=2,

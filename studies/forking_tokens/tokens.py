@@ -22,7 +22,7 @@ from jax_rlvr import config
 from jax_rlvr.analysis import forking
 from jax_rlvr.checkpoint import Checkpoints
 from jax_rlvr.sampling import entropy_temperature
-from studies.asking import ask
+from studies import asking
 
 HERE = pathlib.Path(__file__).parent
 PERCENTS = 0, 20, 40, 50, 60, 80, 90, 95, 99, 100
@@ -31,11 +31,7 @@ TEMPERATURES = 0.05, 0.3, 0.6, 1.0, 2.0, 3.0, 5.0
 
 def evolution(policies, steps, ids, made, more_than) -> dict:
   """§4 of the paper: one set of texts under all checkpoints, base first."""
-  count = len(made[0])
-  texts = forking.texts(
-    [prompt for prompt in ids for _ in range(count)],
-    [m.ids for group in made for m in group],
-  )
+  texts = asking.texts(ids, made)
   entropies = [forking.entropies(policy, texts) for policy in policies]
   with_base, with_final = forking.evolution(entropies, texts.mask)
   base, final = entropies[0], entropies[-1]
@@ -74,7 +70,7 @@ def decoding(policy, task, prompts, c, nats, temperatures) -> dict:
       both = {'low': 1.0, 'high': 1.0} | {which: temperature}
       name = '{low:g} {high:g}'.format(**both)
       if name not in scores:
-        _, _, rewards = ask(
+        _, _, rewards = asking.ask(
           policy, task, prompts, c.eval_samples, c.max_completion_tokens,
           seed=1, transform=entropy_temperature(**both, threshold=threshold),
         )  # fmt: skip
@@ -107,13 +103,13 @@ def main() -> None:
   steps = sorted(Checkpoints(arguments.run / 'checkpoints').steps())
   policies = [jax_rlvr.load_policy(arguments.run, step) for step in steps]
   few = prompts[: 256 if arguments.on == 'quickstart' else 64]
-  ids, made, _ = ask(policies[-1], task, few, 4, c.max_completion_tokens)
+  ids, made, _ = asking.ask(policies[-1], task, few, 4, c.max_completion_tokens)
   found = {'evolution': evolution(policies, steps, ids, made, 20)}
   if arguments.decode:
     decoded = policies[-1]
     if arguments.decode_step is not None:
       decoded = policies[steps.index(arguments.decode_step)]
-    _, made, _ = ask(decoded, task, few, 4, c.max_completion_tokens)
+      _, made, _ = asking.ask(decoded, task, few, 4, c.max_completion_tokens)
     nats = np.concatenate([m.entropies for group in made for m in group])
     found['decoding'] = decoding(
       decoded, task, prompts, c, nats, arguments.temperatures
